@@ -1,0 +1,1 @@
+//! The four kinds of strata.dev/v1alpha1: types, validation rules, generated CRDs.

@@ -1,0 +1,1 @@
+//! Judges manifests offline as the API server would.

@@ -1,0 +1,1 @@
+//! A real cluster, the demo and the tests that run on it.

@@ -1,0 +1,1 @@
+//! The operator: one loop, four pure kinds.

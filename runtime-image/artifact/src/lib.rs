@@ -1,0 +1,1 @@
+//! The artifact store: atomic, hashed, manifest last.

@@ -1,0 +1,2 @@
+//! One binary, one subcommand per stage.
+fn main() {}

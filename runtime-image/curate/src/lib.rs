@@ -1,0 +1,1 @@
+//! The curate stage: sources to a published data set.

@@ -1,0 +1,1 @@
+//! Metrics and gates on a model.

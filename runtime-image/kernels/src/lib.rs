@@ -1,0 +1,1 @@
+//! Forward and backward on raw slices; instruction set chosen at run time.

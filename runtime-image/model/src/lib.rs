@@ -1,0 +1,1 @@
+//! Models as data: families, shapes, names; HF and GGUF readers; chat templates.

@@ -1,0 +1,1 @@
+//! The training executor: candle tensors and custom ops over the kernels, own optimizer.
