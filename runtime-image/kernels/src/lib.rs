@@ -1,1 +1,5 @@
 //! Forward and backward on raw slices; instruction set chosen at run time.
+
+pub mod cgroup;
+pub mod cpu;
+pub mod pool;
