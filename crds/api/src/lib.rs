@@ -1,1 +1,27 @@
-//! The four kinds of strata.dev/v1alpha1: types, validation rules, generated CRDs.
+//! The four kinds of `strata.dev/v1alpha1`, which are the whole interface of Strata.
+//!
+//! These types read leniently (an older operator reads newer objects). What a user may write is bounded by the CRD's
+//! schema and its CEL rules, made from these types by [`crds`]; what the types cannot say, the operator's `check` does.
+
+mod alignment_job;
+mod common;
+mod condition;
+mod crd;
+mod dataset;
+mod inference_service;
+mod pretrain_job;
+mod status;
+
+pub use alignment_job::*;
+pub use common::*;
+pub use condition::*;
+pub use crd::{CRD_LIMIT_BYTES, crds, to_yaml};
+pub use dataset::*;
+pub use inference_service::*;
+pub use pretrain_job::*;
+pub use status::*;
+
+/// API group of the four kinds.
+pub const GROUP: &str = "strata.dev";
+/// Their version.
+pub const VERSION: &str = "v1alpha1";

@@ -1,0 +1,262 @@
+//! What the four kinds share: references, storage, pods, gates, numbers.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use k8s_openapi::api::core::v1::{EnvVar, LocalObjectReference, ResourceRequirements, Toleration};
+use kube::KubeSchema;
+use kube::core::cel::Rule;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// Rule of a union: exactly one of `fields` is set.
+pub(crate) fn exactly_one(fields: &[&str]) -> Rule {
+    let count = |field: &&str| format!("(has(self.{field}) ? 1 : 0)");
+    let sum = fields.iter().map(count).collect::<Vec<_>>().join(" + ");
+    let names = fields.join(", ");
+    Rule::new(format!("{sum} == 1")).message(kube::core::cel::Message::Expression(format!(
+        "'exactly one of {names} must be set, got ' + string({sum})"
+    )))
+}
+
+/// A decimal number, written as a string so that no tool rounds it on its way: `"0.1"`, `"3e-4"`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(transparent)]
+pub struct Decimal(
+    #[schemars(length(max = 32), regex(pattern = r"^-?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]{1,3})?$"))] pub String,
+);
+
+impl Decimal {
+    /// The number's value; `None` if the text is no finite number (the CRD's schema refuses such a text).
+    pub fn value(&self) -> Option<f64> {
+        self.0.parse().ok().filter(|value: &f64| value.is_finite())
+    }
+}
+
+impl From<&str> for Decimal {
+    fn from(text: &str) -> Self {
+        Self(text.to_owned())
+    }
+}
+
+impl fmt::Display for Decimal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// A length of time such as `30s`, `10m`, `1h30m`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(transparent)]
+pub struct Duration(#[schemars(length(max = 32), regex(pattern = r"^([0-9]{1,6}(h|m|s))+$"))] pub String);
+
+impl Duration {
+    /// The length in seconds; `None` if the text is no duration (the CRD's schema refuses such a text).
+    pub fn seconds(&self) -> Option<u64> {
+        let mut total: u64 = 0;
+        let mut number: Option<u64> = None;
+        for c in self.0.chars() {
+            if let Some(digit) = c.to_digit(10) {
+                number = Some(number.unwrap_or(0).checked_mul(10)?.checked_add(digit.into())?);
+                continue;
+            }
+            let unit_seconds = match c {
+                'h' => 3600,
+                'm' => 60,
+                's' => 1,
+                _ => return None,
+            };
+            total = total.checked_add(number.take()?.checked_mul(unit_seconds)?)?;
+        }
+        (number.is_none() && !self.0.is_empty()).then_some(total)
+    }
+}
+
+impl From<&str> for Duration {
+    fn from(text: &str) -> Self {
+        Self(text.to_owned())
+    }
+}
+
+/// A place in storage: `pvc://CLAIM/PATH`, a path in a PersistentVolumeClaim of the same namespace.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(transparent)]
+pub struct DataUri(
+    #[schemars(
+        length(max = 512),
+        regex(pattern = r"^pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/[^\s]*)?$")
+    )]
+    pub String,
+);
+
+impl From<&str> for DataUri {
+    fn from(text: &str) -> Self {
+        Self(text.to_owned())
+    }
+}
+
+/// A resource of a kind that the field's name says, in the same namespace.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Reference {
+    /// Its name.
+    #[schemars(length(min = 1, max = 63))]
+    pub name: String,
+    /// Pins one published artifact of it; without, the last published one is used and followed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 71), regex(pattern = r"^sha256:[0-9a-f]{64}$"))]
+    pub digest: Option<String>,
+}
+
+/// A model that something starts from.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(validation = exactly_one(&["pretrainJob", "alignmentJob", "uri"]))]
+pub struct ModelSource {
+    /// The model that a PretrainJob published.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pretrain_job: Option<Reference>,
+    /// The model that an AlignmentJob published.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alignment_job: Option<Reference>,
+    /// A GGUF file, or a folder in Hugging Face layout.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uri: Option<DataUri>,
+}
+
+/// A bound on one metric; a result outside of it is not published.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("has(self.min) || has(self.max)").message("a gate needs min, max or both"))]
+pub struct Gate {
+    /// Name of the metric; the page of each kind in the docs lists them.
+    #[schemars(length(min = 1, max = 64), regex(pattern = r"^[a-z][a-zA-Z0-9]*$"))]
+    pub metric: String,
+    /// Smallest value that passes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub min: Option<Decimal>,
+    /// Largest value that passes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max: Option<Decimal>,
+}
+
+/// Where results are published.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Storage {
+    /// Folder for the artifacts of this resource's runs. The claim is never deleted by Strata.
+    pub uri: DataUri,
+}
+
+/// What a user may set on the pods that a resource starts. Everything else about a pod is Strata's.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct PodOverrides {
+    /// ServiceAccount of the pods; without, the namespace's `default`. Its token is not mounted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 253))]
+    pub service_account_name: Option<String>,
+    /// Secrets to pull images with.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 8))]
+    pub image_pull_secrets: Vec<LocalObjectReference>,
+    /// Priority class of the pods.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 253))]
+    pub priority_class_name: Option<String>,
+    /// Runtime class of the pods.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 253))]
+    pub runtime_class_name: Option<String>,
+    /// Labels that a node must have.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(extend("maxProperties" = 32), inner(length(max = 63)))]
+    pub node_selector: BTreeMap<String, String>,
+    /// Taints that the pods tolerate.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 32))]
+    pub tolerations: Vec<Toleration>,
+    /// Requests and limits of the container; the kind's page says what it asks for without.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resources: Option<ResourceRequirements>,
+    /// More environment variables of the container; names that begin with `STRATA_` are Strata's.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64))]
+    pub env: Vec<EnvVar>,
+    /// More labels of the pods; names of the group `strata.dev` are Strata's.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(extend("maxProperties" = 32), inner(length(max = 63)))]
+    pub labels: BTreeMap<String, String>,
+    /// More annotations of the pods.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(extend("maxProperties" = 32), inner(length(max = 4096)))]
+    pub annotations: BTreeMap<String, String>,
+}
+
+/// What every kind's spec holds besides its own fields.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Common {
+    /// Stops the work and frees its pods until it is false again; what was saved is kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub suspend: Option<bool>,
+    /// Where results are published; without, the operator's default (`defaultStorage` in the chart's values).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub storage: Option<Storage>,
+    /// Attempts that may fail before the run is given up (default 3). Interruptions do not count.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 100))]
+    pub retries: Option<i32>,
+    /// Longest time that one attempt may take; without, there is no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deadline: Option<Duration>,
+    /// Raise it to run again although nothing else changed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0))]
+    pub run_generation: Option<i64>,
+    /// Settings of the pods.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pod: Option<PodOverrides>,
+}
+
+/// Course of the learning rate after the warm-up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Schedule {
+    /// Half a cosine down to a tenth of the peak.
+    #[default]
+    Cosine,
+    /// Stays at the peak.
+    Constant,
+}
+
+/// What is saved while training, so that a killed pod loses little.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Checkpoint {
+    /// Time between two checkpoints (default 10m).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub every: Option<Duration>,
+    /// Number of checkpoints kept (default 2).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 100))]
+    pub keep: Option<i32>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_are_read() {
+        for (text, seconds) in [
+            ("30s", Some(30)),
+            ("1h30m", Some(5400)),
+            ("", None),
+            ("5", None),
+            ("m", None),
+            ("3d", None),
+        ] {
+            assert_eq!(Duration::from(text).seconds(), seconds, "{text}");
+        }
+    }
+}

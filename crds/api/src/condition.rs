@@ -1,0 +1,130 @@
+//! Conditions and reasons: one enum each, the same words in conditions, Events, metric labels and docs.
+
+use strata_contract::FailureReason;
+
+/// Types of conditions. All are of positive polarity; `Ready` is the conjunction of the others of its kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ConditionType {
+    /// The spec can be carried out here.
+    Accepted,
+    /// Everything that the run reads was published or is a plain URI.
+    InputsReady,
+    /// The current run published its artifact.
+    Succeeded,
+    /// InferenceService: the wanted number of pods answers with the current artifact.
+    Available,
+    /// All of the above.
+    Ready,
+}
+
+impl ConditionType {
+    /// The word in `status.conditions[].type`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Accepted => "Accepted",
+            Self::InputsReady => "InputsReady",
+            Self::Succeeded => "Succeeded",
+            Self::Available => "Available",
+            Self::Ready => "Ready",
+        }
+    }
+}
+
+/// What a reason means for the condition that has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It holds.
+    True,
+    /// It goes on by itself: progressing, waiting or suspended.
+    Unknown,
+    /// It needs a person.
+    False,
+}
+
+/// Declares [`Reason`] with each word's verdict and meaning in one table.
+macro_rules! reasons {
+    ($($name:ident $verdict:ident $meaning:literal,)*) => {
+        /// Why a condition has its status.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        pub enum Reason {
+            $(#[doc = $meaning] $name,)*
+        }
+
+        impl Reason {
+            /// Every reason, in the order of the docs.
+            pub const ALL: &[Self] = &[$(Self::$name,)*];
+
+            /// The word.
+            pub fn name(self) -> &'static str {
+                match self { $(Self::$name => stringify!($name),)* }
+            }
+
+            /// Status of a condition with this reason.
+            pub fn verdict(self) -> Verdict {
+                match self { $(Self::$name => Verdict::$verdict,)* }
+            }
+
+            /// What it means, and what to do about it.
+            pub fn meaning(self) -> &'static str {
+                match self { $(Self::$name => $meaning,)* }
+            }
+        }
+    };
+}
+
+reasons! {
+    SpecAccepted True "The spec can be carried out.",
+    SpecInvalid False "The spec breaks a rule that the server could not check; the message says what to write instead.",
+    StorageMissing False "Neither spec.storage nor the operator's default says where to publish: set one.",
+    ReferenceCycle False "The resource depends on itself through its references; the message names the circle: break it.",
+    InputsResolved True "Every input is published.",
+    ReferenceNotFound Unknown "A referenced resource does not exist (yet): apply it, or correct the name.",
+    DigestNotFound False "The pinned digest is not what the referenced resource published: correct it or leave it out.",
+    WaitingForInput Unknown "A referenced resource has not published yet; this one starts by itself when it has.",
+    Suspended Unknown "spec.suspend is true.",
+    Pending Unknown "The attempt's pod is not running yet; the message quotes the scheduler or the kubelet.",
+    Running Unknown "An attempt is running; see status.progress.",
+    Retrying Unknown "An attempt failed and the next one starts after a pause; the message says why it failed.",
+    Published True "The run published its artifact.",
+    OutOfMemory False "The pod was killed at its memory limit on the last attempt: raise spec.pod.resources.limits.memory.",
+    DeadlineExceeded False "An attempt took longer than spec.deadline: raise it, or make the work smaller.",
+    ImagePullFailed Unknown "The pod's image cannot be pulled: correct the image in the operator's settings or the pull secrets.",
+    ClaimNotFound Unknown "A PersistentVolumeClaim that a URI names does not exist: create it, or correct the URI.",
+    PodLost False "The pod vanished without a report on the last attempt (evicted, node lost): see its node.",
+    ConfigInvalid False "The stage cannot carry out its configuration: change the spec as the message says.",
+    InputNotFound False "A URI names nothing: put the data there, or correct the URI.",
+    InputUnreadable False "An input cannot be read: check the volume and its permissions for user 65532.",
+    InputCorrupt False "An input is damaged: replace the file, then raise spec.runGeneration.",
+    ArchitectureUnsupported False "The model is of an architecture that the engine does not know: use one that the message names.",
+    NothingLeft False "Curation dropped everything: relax spec.curate.",
+    GateFailed False "A gate said no; nothing was published: improve data or training, or move the gate.",
+    StorageFull False "The output volume is full: free space or enlarge it, then raise spec.runGeneration.",
+    StorageUnwritable False "The output volume refuses writes: check that it is mounted read-write for user 65532.",
+    Diverged False "Training diverged: lower the learning rate.",
+    Interrupted Unknown "The attempt was interrupted and saved its work; the next one goes on from there.",
+    Internal False "A stage failed for another reason: read its log.",
+    Serving True "The wanted number of pods answers with the current artifact.",
+    RollingOut Unknown "Pods with the current artifact are starting.",
+    ReplicasUnavailable Unknown "Fewer pods answer than are wanted; the message quotes what holds them.",
+    ScaledToZero Unknown "spec.replicas is 0: nothing answers.",
+    CrashLooping False "A serving pod keeps failing: the message quotes how it ended.",
+}
+
+impl From<FailureReason> for Reason {
+    fn from(reason: FailureReason) -> Self {
+        match reason {
+            FailureReason::ConfigInvalid => Self::ConfigInvalid,
+            FailureReason::InputNotFound => Self::InputNotFound,
+            FailureReason::InputUnreadable => Self::InputUnreadable,
+            FailureReason::InputCorrupt => Self::InputCorrupt,
+            FailureReason::ArchitectureUnsupported => Self::ArchitectureUnsupported,
+            FailureReason::NothingLeft => Self::NothingLeft,
+            FailureReason::GateFailed => Self::GateFailed,
+            FailureReason::StorageFull => Self::StorageFull,
+            FailureReason::StorageUnwritable => Self::StorageUnwritable,
+            FailureReason::Diverged => Self::Diverged,
+            FailureReason::Interrupted => Self::Interrupted,
+            FailureReason::Internal => Self::Internal,
+        }
+    }
+}

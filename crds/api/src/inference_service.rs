@@ -1,0 +1,131 @@
+//! `InferenceService`: a model to an endpoint.
+
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
+use kube::CustomResource;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+pub use strata_contract::QuantizationFormat;
+
+use crate::{Common, ModelSource, RunStatus};
+
+/// A model, served with the OpenAI API.
+#[derive(CustomResource, Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[kube(
+    group = "strata.dev",
+    version = "v1alpha1",
+    kind = "InferenceService",
+    doc = "A model, served with the OpenAI API.",
+    namespaced,
+    status = "InferenceServiceStatus",
+    derive = "PartialEq",
+    shortname = "isvc",
+    category = "strata",
+    scale(
+        spec_replicas_path = ".spec.replicas",
+        status_replicas_path = ".status.replicas",
+        label_selector_path = ".status.selector"
+    ),
+    printcolumn(name = "Replicas", type_ = "integer", json_path = ".status.readyReplicas"),
+    printcolumn(
+        name = "Ready",
+        type_ = "string",
+        json_path = ".status.conditions[?(@.type==\"Ready\")].status"
+    ),
+    printcolumn(
+        name = "Reason",
+        type_ = "string",
+        json_path = ".status.conditions[?(@.type==\"Ready\")].reason"
+    ),
+    printcolumn(
+        name = "Done",
+        type_ = "integer",
+        json_path = ".status.progress.percent",
+        description = "Progress of the running attempt in percent"
+    ),
+    printcolumn(name = "URL", type_ = "string", json_path = ".status.url"),
+    printcolumn(
+        name = "Artifact",
+        type_ = "string",
+        json_path = ".status.artifact.digest",
+        priority = "1"
+    ),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
+)]
+#[serde(rename_all = "camelCase")]
+pub struct InferenceServiceSpec {
+    /// The model. Without a digest, the service follows what is published: a promotion by itself.
+    pub model: ModelSource,
+    /// Format of the served weights (default Q8_0).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quantization: Option<QuantizationFormat>,
+    /// What the quantized model must reach before it is served, on the evaluation set that came with the model.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub evaluate: Option<crate::Evaluate>,
+    /// The cache of keys and values.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kv_cache: Option<KvCache>,
+    /// Longest sequence in tokens, prompt and answer (default: the model's, at most 4096).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 16, max = 1_048_576))]
+    pub max_sequence_tokens: Option<i32>,
+    /// Number of pods (default 1).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 1000))]
+    pub replicas: Option<i32>,
+    /// What all kinds share.
+    #[serde(flatten)]
+    pub common: Common,
+}
+
+/// The cache of keys and values, per pod.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct KvCache {
+    /// Tokens in a block (default 16).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 8, max = 256))]
+    pub block_tokens: Option<i32>,
+    /// Memory of the cache (default 256Mi).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<Quantity>,
+    /// Format of keys and values (default F16).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dtype: Option<KvCacheDtype>,
+    /// Whether the blocks of a shared prompt prefix are reused (default true).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prefix_caching: Option<bool>,
+}
+
+/// Format of keys and values.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum KvCacheDtype {
+    /// 16-bit floats.
+    #[default]
+    F16,
+    /// 32-bit floats.
+    F32,
+}
+
+/// Status of an InferenceService.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct InferenceServiceStatus {
+    /// What is about the run that prepares the served weights.
+    #[serde(flatten)]
+    pub run_status: RunStatus,
+    /// Address of the endpoint inside of the cluster.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub url: Option<String>,
+    /// Digest of the weights that all ready pods serve; differs from `artifact` during a rollout.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serving_digest: Option<String>,
+    /// Pods of the current and of earlier versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replicas: Option<i32>,
+    /// Pods that answer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ready_replicas: Option<i32>,
+    /// Label selector of the pods, for `/scale`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub selector: Option<String>,
+}

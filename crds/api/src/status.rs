@@ -1,0 +1,116 @@
+//! The status that the four kinds share: counts and scalars only, at most 16 KiB.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// Status of a Dataset, PretrainJob or AlignmentJob, and the part of an InferenceService's that is about its run.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct RunStatus {
+    /// Generation of the spec that this status is about.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
+    /// Conditions; `Ready` is the conjunction of the others.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub conditions: Vec<Condition>,
+    /// The last published artifact; replaced only by a new publication.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub artifact: Option<ArtifactStatus>,
+    /// The run that is under way or that was the last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub run: Option<RunInfo>,
+    /// What the artifact was made from, as it was read.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub inputs: Vec<InputStatus>,
+    /// How far the running attempt is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub progress: Option<ProgressStatus>,
+    /// Figures of the artifact by name, as decimal strings.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub metrics: BTreeMap<String, String>,
+    /// Verdicts of the gates of the last run.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub gates: Vec<GateStatus>,
+}
+
+/// A published artifact.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ArtifactStatus {
+    /// Folder that holds its manifest.
+    pub uri: String,
+    /// Digest of its content.
+    pub digest: String,
+    /// Size of its files in bytes.
+    pub bytes: i64,
+    /// Run that published it.
+    pub run_id: String,
+}
+
+/// A run and its attempts.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct RunInfo {
+    /// Hash of what determines the result.
+    pub id: String,
+    /// Number of the current attempt, from 1.
+    pub attempt: i32,
+    /// Attempts that failed and count against `spec.retries`.
+    pub failures: i32,
+    /// Image that the run is pinned to.
+    pub image: String,
+    /// Job of the current attempt.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub job: Option<String>,
+    /// Training step of the checkpoint that the attempt went on from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resumed_from_step: Option<i64>,
+}
+
+/// Something that an artifact was made from.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct InputStatus {
+    /// What it is to the stage.
+    pub name: String,
+    /// Where it is.
+    pub uri: String,
+    /// Its digest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub digest: Option<String>,
+    /// The resource that published it, `Kind/name`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resource: Option<String>,
+}
+
+/// How far an attempt is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ProgressStatus {
+    /// What is being done.
+    pub activity: String,
+    /// What is done, in `unit`.
+    pub done: i64,
+    /// What there is to do, in `unit`.
+    pub total: i64,
+    /// What is counted.
+    pub unit: String,
+    /// `done` in percent of `total`.
+    pub percent: i32,
+}
+
+/// Verdict of one gate.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct GateStatus {
+    /// The metric.
+    pub metric: String,
+    /// Its value; absent if it was not measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub value: Option<String>,
+    /// Whether it passed.
+    pub passed: bool,
+}
