@@ -134,7 +134,8 @@ fn of_two_attempts_the_second_takes_over_the_first_ones_result() {
 
 #[test]
 fn damage_is_found_and_named() {
-    let damage: [(&str, fn(&Path), Verify); 4] = [
+    type Damage = (&'static str, fn(&Path), Verify);
+    let damage: [Damage; 4] = [
         (
             "truncated",
             |content| std::fs::write(content.join("data/train.txt"), "to").unwrap(),
