@@ -1,0 +1,30 @@
+//! Where things that outlive a bed are kept: programs by version, images, downloads.
+
+use std::path::PathBuf;
+
+/// `$STRATA_CACHE`, or `~/.cache/strata`.
+#[must_use]
+pub fn root() -> PathBuf {
+    let home = || PathBuf::from(std::env::var_os("HOME").unwrap_or_else(|| "/root".into())).join(".cache/strata");
+    std::env::var_os("STRATA_CACHE")
+        .filter(|v| !v.is_empty())
+        .map_or_else(home, PathBuf::from)
+}
+
+/// Compiled Go programs: `bin/NAME-VERSION`.
+#[must_use]
+pub fn programs() -> PathBuf {
+    root().join("bin")
+}
+
+/// OCI image tars.
+#[must_use]
+pub fn images() -> PathBuf {
+    root().join("images")
+}
+
+/// Files fetched from a package registry.
+#[must_use]
+pub fn downloads() -> PathBuf {
+    root().join("downloads")
+}

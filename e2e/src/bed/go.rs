@@ -1,0 +1,306 @@
+//! The Go programs of a bed, compiled from the modules that their projects publish, once for each version.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+use crate::bed::cache;
+use crate::bed::command::{self, say};
+
+/// A program that is compiled from a Go module.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the variants are the programs' own names")]
+pub enum Program {
+    KubeApiserver,
+    KubeControllerManager,
+    KubeScheduler,
+    Kubelet,
+    KubeProxy,
+    Kubectl,
+    Etcd,
+    Coredns,
+    Helm,
+    Kubeconform,
+    Crane,
+}
+
+/// What a bed runs, in the order in which it is compiled.
+pub const BED: [Program; 8] = [
+    Program::KubeApiserver,
+    Program::KubeControllerManager,
+    Program::KubeScheduler,
+    Program::Kubelet,
+    Program::KubeProxy,
+    Program::Kubectl,
+    Program::Etcd,
+    Program::Coredns,
+];
+
+/// A module: everything of it is compiled by one run of `go build`.
+struct Module {
+    path: &'static str,
+    version: &'static str,
+    /// On 2 cores, with nothing in Go's own caches.
+    usual_minutes: u32,
+    source: Source,
+    programs: &'static [Program],
+}
+
+/// How a main module is made around it.
+enum Source {
+    /// The packages are tools of ours.
+    Tools,
+    /// As `Tools`; its `./staging/` replacements become the published modules of this version.
+    Staging(&'static str),
+    /// A `main.go` of ours.
+    Main(&'static str),
+}
+
+const MODULES: [Module; 6] = [
+    Module {
+        path: "k8s.io/kubernetes",
+        version: "v1.36.3",
+        usual_minutes: 15,
+        source: Source::Staging("v0.36.3"),
+        programs: &[
+            Program::KubeApiserver,
+            Program::KubeControllerManager,
+            Program::KubeScheduler,
+            Program::Kubelet,
+            Program::KubeProxy,
+            Program::Kubectl,
+        ],
+    },
+    Module {
+        path: "go.etcd.io/etcd/server/v3",
+        version: "v3.6.8",
+        usual_minutes: 2,
+        source: Source::Tools,
+        programs: &[Program::Etcd],
+    },
+    Module {
+        path: "github.com/coredns/coredns",
+        version: "v1.15.0",
+        usual_minutes: 3,
+        source: Source::Main(include_str!("../../manifests/coredns.go.txt")),
+        programs: &[Program::Coredns],
+    },
+    Module {
+        path: "helm.sh/helm/v3",
+        version: "v3.22.0",
+        usual_minutes: 2,
+        source: Source::Tools,
+        programs: &[Program::Helm],
+    },
+    Module {
+        path: "github.com/yannh/kubeconform",
+        version: "v0.8.0",
+        usual_minutes: 1,
+        source: Source::Tools,
+        programs: &[Program::Kubeconform],
+    },
+    Module {
+        path: "github.com/google/go-containerregistry",
+        version: "v0.22.1",
+        usual_minutes: 1,
+        source: Source::Tools,
+        programs: &[Program::Crane],
+    },
+];
+
+impl Program {
+    /// The name of its file.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::KubeApiserver => "kube-apiserver",
+            Self::KubeControllerManager => "kube-controller-manager",
+            Self::KubeScheduler => "kube-scheduler",
+            Self::Kubelet => "kubelet",
+            Self::KubeProxy => "kube-proxy",
+            Self::Kubectl => "kubectl",
+            Self::Etcd => "etcd",
+            Self::Coredns => "coredns",
+            Self::Helm => "helm",
+            Self::Kubeconform => "kubeconform",
+            Self::Crane => "crane",
+        }
+    }
+
+    /// The Go package that holds its `main`.
+    fn package(self, module: &Module) -> String {
+        match (self, &module.source) {
+            (_, Source::Main(_)) => ".".to_owned(),
+            (Self::Etcd, _) => module.path.to_owned(),
+            _ => format!("{}/cmd/{}", module.path, self.name()),
+        }
+    }
+
+    fn module(self) -> &'static Module {
+        MODULES
+            .iter()
+            .find(|m| m.programs.contains(&self))
+            .expect("every program is listed in a module")
+    }
+
+    /// Its version, with the leading `v`.
+    #[must_use]
+    pub fn version(self) -> &'static str {
+        self.module().version
+    }
+}
+
+/// Where `program` lies once it is compiled: a folder for each version, so that it keeps its own name.
+#[must_use]
+pub fn path(program: Program) -> PathBuf {
+    cache::programs().join(program.version()).join(program.name())
+}
+
+/// Compiles those of `programs` that are not in the cache, one module after the other.
+///
+/// # Errors
+/// Go is missing, or a module does not compile; the message holds the compiler's.
+pub fn build(programs: &[Program]) -> Result<()> {
+    for module in &MODULES {
+        let wanted = module
+            .programs
+            .iter()
+            .any(|p| programs.contains(p) && !path(*p).exists());
+        if wanted {
+            build_module(module)?;
+        }
+    }
+    Ok(())
+}
+
+fn build_module(module: &Module) -> Result<()> {
+    if Command::new("go").arg("version").output().is_err() {
+        bail!("Go is missing: install Go 1.26 or newer and put `go` on the PATH");
+    }
+    let names: Vec<&str> = module.programs.iter().map(|p| p.name()).collect();
+    say(format_args!(
+        "compiling {} {} (about {} min on 2 cores the first time)",
+        names.join(", "),
+        module.version,
+        module.usual_minutes
+    ));
+    let started = std::time::Instant::now();
+    let folder = cache::root()
+        .join("go")
+        .join(module.path.replace('/', "_"))
+        .join(module.version);
+    fs::create_dir_all(&folder)?;
+    let packages: Vec<String> = module.programs.iter().map(|p| p.package(module)).collect();
+    let mut main = format!("module bed\ngo 1.26.0\nrequire {} {}\n", module.path, module.version);
+    if let Source::Staging(version) = module.source {
+        main.push_str(&replacements(&upstream_go_mod(module)?, version));
+    }
+    fs::write(folder.join("go.mod"), main)?;
+    let _ = fs::remove_file(folder.join("go.sum"));
+    match module.source {
+        Source::Main(text) => fs::write(folder.join("main.go"), text)?,
+        Source::Tools | Source::Staging(_) => {
+            let versioned = packages.iter().map(|p| format!("{p}@{}", module.version));
+            command::output(go(&folder).args(["get", "-tool"]).args(versioned))?;
+        }
+    }
+    let built = folder.join("bin");
+    let _ = fs::remove_dir_all(&built);
+    fs::create_dir_all(&built)?;
+    // With one package, a file name: the package's own name may be its version (`v3`).
+    let target = if let [one] = module.programs {
+        built.join(one.name())
+    } else {
+        built.join("")
+    };
+    command::output(
+        go(&folder)
+            .args([
+                "build",
+                "-mod=mod",
+                "-trimpath",
+                "-ldflags",
+                &linker_flags(module),
+                "-o",
+            ])
+            .arg(target)
+            .args(packages),
+    )?;
+    for program in module.programs {
+        let to = path(*program);
+        fs::create_dir_all(to.parent().expect("a program lies in a folder"))?;
+        fs::rename(built.join(program.name()), &to).with_context(|| format!("go build left no {}", program.name()))?;
+    }
+    say(format_args!(
+        "compiled {} in {} s",
+        names.join(", "),
+        started.elapsed().as_secs()
+    ));
+    Ok(())
+}
+
+fn go(folder: &Path) -> Command {
+    let mut command = Command::new("go");
+    command.current_dir(folder).env("CGO_ENABLED", "0").env("GOWORK", "off");
+    command
+}
+
+fn linker_flags(module: &Module) -> String {
+    let mut flags = "-s -w".to_owned();
+    let variables: &[&str] = match module.path {
+        "k8s.io/kubernetes" => &["k8s.io/component-base/version", "k8s.io/client-go/pkg/version"],
+        "helm.sh/helm/v3" => return format!("{flags} -X helm.sh/helm/v3/internal/version.version={}", module.version),
+        _ => &[],
+    };
+    for package in variables {
+        let mut parts = module.version.trim_start_matches('v').split('.');
+        let (major, minor) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
+        flags.push_str(&format!(
+            " -X {package}.gitVersion={} -X {package}.gitMajor={major} -X {package}.gitMinor={minor}",
+            module.version
+        ));
+    }
+    flags
+}
+
+fn upstream_go_mod(module: &Module) -> Result<String> {
+    let at = format!("{}@{}", module.path, module.version);
+    let answer = command::output(go(&std::env::temp_dir()).args(["mod", "download", "-json", &at]))?;
+    let answer: serde_json::Value = serde_json::from_str(&answer).context("go mod download did not answer in JSON")?;
+    let file = answer["GoMod"].as_str().context("go mod download names no go.mod")?;
+    Ok(fs::read_to_string(file)?)
+}
+
+/// `replace` lines that turn `X => ./staging/…` into the published module, without which `go get` would climb to the
+/// newest Kubernetes.
+fn replacements(go_mod: &str, version: &str) -> String {
+    let staged = go_mod.lines().filter_map(|line| {
+        let (module, target) = line.trim().trim_start_matches("replace ").split_once(" => ")?;
+        target
+            .starts_with("./staging/")
+            .then(|| format!("replace {module} => {module} {version}\n"))
+    });
+    staged.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn staging_modules_are_replaced_by_published_ones() {
+        let go_mod = "module m\nrequire k8s.io/api v0.0.0\nreplace (\n\tk8s.io/api => ./staging/src/k8s.io/api\n\
+                      \tother.org/x => other.org/y v1.0.0\n)\nreplace k8s.io/kms => ./staging/src/k8s.io/kms\n";
+        let expected = "replace k8s.io/api => k8s.io/api v0.36.3\nreplace k8s.io/kms => k8s.io/kms v0.36.3\n";
+        assert_eq!(replacements(go_mod, "v0.36.3"), expected);
+    }
+
+    #[test]
+    fn every_program_of_the_bed_has_a_module() {
+        for program in BED {
+            assert!(path(program).ends_with(format!("{}/{}", program.version(), program.name())));
+        }
+    }
+}

@@ -1,0 +1,129 @@
+//! What the machine itself must have: root, and Debian packages, installed when something of them is missing.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Result, bail};
+
+use crate::bed::command::{self, say};
+
+/// A Debian package, known by a program that it brings.
+#[derive(Debug, Clone, Copy)]
+pub struct Package {
+    /// Its name.
+    pub name: &'static str,
+    /// A program of it, by name or by path.
+    pub program: &'static str,
+}
+
+/// A shell in one file.
+pub const BUSYBOX: Package = Package {
+    name: "busybox-static",
+    program: "busybox",
+};
+/// For one wheel.
+pub const PYTHON: Package = Package {
+    name: "python3",
+    program: "python3",
+};
+
+/// What a bed runs or calls.
+const BED: [Package; 9] = [
+    Package {
+        name: "containerd",
+        program: "containerd",
+    },
+    Package {
+        name: "runc",
+        program: "runc",
+    },
+    Package {
+        name: "containernetworking-plugins",
+        program: "/usr/lib/cni/bridge",
+    },
+    Package {
+        name: "iptables",
+        program: "iptables",
+    },
+    Package {
+        name: "conntrack",
+        program: "conntrack",
+    },
+    Package {
+        name: "ethtool",
+        program: "ethtool",
+    },
+    Package {
+        name: "iproute2",
+        program: "ip",
+    },
+    Package {
+        name: "util-linux",
+        program: "unshare",
+    },
+    Package {
+        name: "ca-certificates",
+        program: "/etc/ssl/certs/ca-certificates.crt",
+    },
+];
+
+/// Checks that we are root and installs what a bed needs.
+///
+/// # Errors
+/// Not root, not Debian or Ubuntu, or a package cannot be installed.
+pub fn prepare() -> Result<()> {
+    // SAFETY: geteuid has no preconditions.
+    if unsafe { libc::geteuid() } != 0 {
+        bail!("the bed runs containers and needs root: run it as root or with sudo -E");
+    }
+    install(&BED)
+}
+
+/// Installs those of `packages` whose program is missing; asks nobody when none is.
+///
+/// # Errors
+/// `apt-get` is missing or fails.
+pub fn install(packages: &[Package]) -> Result<()> {
+    let missing: Vec<&str> = packages
+        .iter()
+        .filter(|p| find(p.program).is_none())
+        .map(|p| p.name)
+        .collect();
+    if missing.is_empty() { Ok(()) } else { apt(&missing) }
+}
+
+/// Installs a package that is not known by a program.
+///
+/// # Errors
+/// As [`install`].
+pub fn install_package(name: &'static str) -> Result<()> {
+    apt(&[name])
+}
+
+fn apt(names: &[&str]) -> Result<()> {
+    say(format_args!(
+        "installing the Debian packages {} (about a minute)",
+        names.join(" ")
+    ));
+    if find("apt-get").is_none() {
+        bail!("this machine has no apt-get: install {} yourself", names.join(", "));
+    }
+    let apt = || {
+        let mut command = Command::new("apt-get");
+        command.env("DEBIAN_FRONTEND", "noninteractive").arg("-qq");
+        command
+    };
+    command::output(apt().arg("update"))?;
+    command::output(apt().args(["install", "--yes", "--no-install-recommends"]).args(names))?;
+    Ok(())
+}
+
+/// Where `program` lies; also in the folders that are on root's PATH only.
+#[must_use]
+pub fn find(program: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .chain(["/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/bin", "/bin"].map(PathBuf::from))
+        .map(|folder| folder.join(program))
+        .find(|candidate| candidate.is_file())
+}
