@@ -196,7 +196,7 @@ pub struct Quality {
 /// A threshold that differs from the preset's.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
-#[x_kube(validation = exactly_one(&["threshold", "off"]))]
+#[x_kube(validation = exactly_one(&["threshold", "disabled"]))]
 pub struct QualityOverride {
     /// The rule.
     pub rule: QualityRule,
@@ -206,7 +206,7 @@ pub struct QualityOverride {
     /// True switches the rule off.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("enum" = [true]))]
-    pub off: Option<bool>,
+    pub disabled: Option<bool>,
 }
 
 /// Duplicates.
