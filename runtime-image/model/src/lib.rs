@@ -1,1 +1,28 @@
 //! Models as data: families, shapes, names; HF and GGUF readers; chat templates.
+//!
+//! [`LoadedModel::open`] reads a Hugging Face folder or a GGUF file into the same description: configuration, weights as
+//! mapped views in HF's names and layout, tokenizer, chat template. No executor, no tensor library.
+
+mod chat;
+mod config;
+mod dtype;
+mod error;
+mod family;
+mod generation;
+pub mod gguf;
+pub mod hf;
+mod load;
+pub mod synthetic;
+mod tokenizer;
+mod weights;
+
+pub use chat::{ChatTemplate, Rendered};
+pub use config::ModelConfig;
+pub use dtype::{BLOCK, Dtype};
+pub use error::{ModelError, Result};
+pub use family::{EMBEDDING, FINAL_NORM, Family, FamilySpec, HEAD, Role, TensorSpec, layer_name, tensors};
+pub use generation::GenerationConfig;
+pub use load::LoadedModel;
+pub use synthetic::MemoryWeights;
+pub use tokenizer::{TokenText, Vocabulary};
+pub use weights::{RawTensor, Weights, check_tensors};

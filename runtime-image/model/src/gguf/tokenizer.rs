@@ -1,0 +1,166 @@
+//! The tokenizer inside a GGUF file, as the object of an HF `tokenizer.json`; and back.
+//!
+//! GGUF stores byte-level BPE as tokens, types and merges, and *names* the pre-tokenizer. One table says what each name
+//! stands for; the reader looks a name up, the writer looks a definition up.
+
+use serde_json::{Value, json};
+
+use super::parse::Gguf;
+use crate::error::{ModelError, Result};
+
+/// GGUF's key for a whole `tokenizer.json`; it says everything, so it wins over the separate lists.
+pub(super) const HF_JSON: &str = "tokenizer.huggingface.json";
+
+/// Token types in GGUF.
+pub(super) const NORMAL: i32 = 1;
+const UNKNOWN: i64 = 2;
+pub(super) const CONTROL: i32 = 3;
+pub(super) const USER_DEFINED: i32 = 4;
+
+/// GGUF's name of a pre-tokenizer, and what it means: `(normalizer, pre_tokenizer, ignore_merges)`.
+fn definition(name: &str) -> Option<(Value, Value, bool)> {
+    let byte_level = |use_regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex});
+    let split = |regex: &str| {
+        json!({"type": "Sequence", "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": false},
+            byte_level(false),
+        ]})
+    };
+    Some(match name {
+        "gpt-2" | "default" => (Value::Null, byte_level(true), false),
+        "smollm" => (
+            Value::Null,
+            json!({"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": true}, byte_level(true)]}),
+            false,
+        ),
+        "llama-bpe" | "llama3" | "llama-v3" => (
+            Value::Null,
+            split(
+                r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+            ),
+            true,
+        ),
+        "qwen2" => (
+            json!({"type": "NFC"}),
+            split(
+                r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+            ),
+            false,
+        ),
+        _ => return None,
+    })
+}
+
+/// The names that [`pre_tokenizer_name`] tries, in order.
+const NAMES: [&str; 4] = ["gpt-2", "smollm", "llama-bpe", "qwen2"];
+
+/// GGUF's name for the pre-tokenizer of a `tokenizer.json`; `None` if GGUF has no name for it that this engine knows.
+pub(super) fn pre_tokenizer_name(tokenizer: &Value) -> Option<&'static str> {
+    let found = canonical(&tokenizer["pre_tokenizer"]);
+    NAMES
+        .into_iter()
+        .find(|name| definition(name).is_some_and(|(_, pre, _)| canonical(&pre) == found))
+}
+
+/// Drops what does not change the tokens: byte-level offsets trimming, and sequences of one.
+fn canonical(pre: &Value) -> Value {
+    let mut pre = pre.clone();
+    if let Some(object) = pre.as_object_mut() {
+        object.remove("trim_offsets");
+        if object.get("type").and_then(Value::as_str) == Some("ByteLevel") {
+            object.entry("use_regex").or_insert(Value::Bool(true));
+        }
+    }
+    if let Some(parts) = pre.get_mut("pretokenizers").and_then(Value::as_array_mut) {
+        parts.iter_mut().for_each(|part| *part = canonical(part));
+        if let [one] = parts.as_slice() {
+            return one.clone();
+        }
+    }
+    pre
+}
+
+pub(super) fn tokenizer_json(file: &Gguf) -> Result<Value> {
+    let path = file.path();
+    if let Some(text) = file.string(HF_JSON) {
+        return serde_json::from_str(text)
+            .map_err(|error| ModelError::malformed(path, format!("metadata {HF_JSON}: {error}")));
+    }
+    let model = file.string("tokenizer.ggml.model").unwrap_or("none");
+    if model != "gpt2" {
+        return Err(ModelError::unsupported(
+            path,
+            format!("tokenizer model {model:?} is not supported; \"gpt2\" (byte-level BPE) is"),
+        ));
+    }
+    let missing = |key: &str| ModelError::malformed(path, format!("metadata {key} is missing or of the wrong type"));
+    let tokens = file
+        .strings("tokenizer.ggml.tokens")
+        .ok_or_else(|| missing("tokenizer.ggml.tokens"))?;
+    let merges = file
+        .strings("tokenizer.ggml.merges")
+        .ok_or_else(|| missing("tokenizer.ggml.merges"))?;
+    let types = file
+        .integers("tokenizer.ggml.token_type")
+        .ok_or_else(|| missing("tokenizer.ggml.token_type"))?;
+    if types.len() != tokens.len() {
+        return Err(ModelError::malformed(
+            path,
+            format!("{} tokens have {} types", tokens.len(), types.len()),
+        ));
+    }
+    let name = file.string("tokenizer.ggml.pre").unwrap_or("default");
+    let (normalizer, pre_tokenizer, ignore_merges) = definition(name).ok_or_else(|| {
+        ModelError::unsupported(
+            path,
+            format!("pre-tokenizer {name:?} is not known; known are {}", NAMES.join(", ")),
+        )
+    })?;
+
+    let added: Vec<Value> = tokens
+        .iter()
+        .zip(&types)
+        .enumerate()
+        .filter(|(_, (_, kind))| [UNKNOWN, CONTROL.into(), USER_DEFINED.into()].contains(kind))
+        .map(|(id, (text, kind))| {
+            json!({
+                "id": id, "content": text, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
+                "special": *kind != i64::from(USER_DEFINED),
+            })
+        })
+        .collect();
+    let bos = file
+        .unsigned("tokenizer.ggml.bos_token_id")
+        .and_then(|id| Some((id, *tokens.get(usize::try_from(id).ok()?)?)));
+    let post_processor = match bos.filter(|_| file.bool("tokenizer.ggml.add_bos_token") == Some(true)) {
+        Some((id, text)) => json!({
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": text, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {text: {"id": text, "ids": [id], "tokens": [text]}},
+        }),
+        None => Value::Null,
+    };
+    let vocab: serde_json::Map<String, Value> = tokens
+        .iter()
+        .enumerate()
+        .map(|(id, text)| ((*text).to_owned(), json!(id)))
+        .collect();
+    if vocab.len() != tokens.len() {
+        return Err(ModelError::malformed(path, "two token ids have the same text"));
+    }
+    Ok(json!({
+        "version": "1.0",
+        "truncation": null,
+        "padding": null,
+        "added_tokens": added,
+        "normalizer": normalizer,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": post_processor,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
+        "model": {
+            "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null, "end_of_word_suffix": null,
+            "fuse_unk": false, "byte_fallback": false, "ignore_merges": ignore_merges, "vocab": vocab, "merges": merges,
+        },
+    }))
+}

@@ -1,0 +1,295 @@
+//! Writing GGUF version 3, so that llama.cpp loads it: matrices in the asked type, norms in F32, query and key rows interleaved.
+
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::Path;
+
+use serde_json::Value;
+
+use super::tokenizer::{CONTROL, HF_JSON, NORMAL, USER_DEFINED, pre_tokenizer_name};
+use super::{ALIGNMENT, DTYPES, MAGIC};
+use crate::config::ModelConfig;
+use crate::dtype::Dtype;
+use crate::error::{ModelError, Result};
+use crate::family::{Role, TensorSpec, gguf_interleaved_head_dim, gguf_row_to_hf, tensors};
+use crate::weights::Weights;
+
+/// The texts that go into the file beside the weights.
+#[derive(Clone, Copy, Debug)]
+pub struct Tokenizer<'a> {
+    /// The object of `tokenizer.json`; a byte-level BPE.
+    pub json: &'a Value,
+    /// The chat template's source.
+    pub chat_template: Option<&'a str>,
+}
+
+/// Writes the model to `path` with its matrices in `dtype` (F32, F16, BF16 or Q8_0).
+///
+/// A matrix whose rows are no whole number of blocks is stored as F16. The file is complete when this returns.
+pub fn write(
+    path: &Path,
+    name: &str,
+    config: &ModelConfig,
+    weights: &dyn Weights,
+    tokenizer: Tokenizer<'_>,
+    dtype: Dtype,
+) -> Result<()> {
+    let specs = tensors(config);
+    let plan: Vec<(&TensorSpec, Dtype)> = specs.iter().map(|spec| (spec, stored_dtype(spec, dtype))).collect();
+
+    let mut header = Vec::new();
+    header.extend(MAGIC);
+    header.extend(3u32.to_le_bytes());
+    header.extend((plan.len() as u64).to_le_bytes());
+    let metadata = metadata(path, name, config, tokenizer, dtype)?;
+    header.extend((metadata.count).to_le_bytes());
+    header.extend(metadata.bytes);
+    let mut offset = 0usize;
+    for (spec, dtype) in &plan {
+        text(&mut header, &spec.gguf_name);
+        header.extend((spec.shape.len() as u32).to_le_bytes());
+        spec.shape
+            .iter()
+            .rev()
+            .for_each(|size| header.extend((*size as u64).to_le_bytes()));
+        let number = DTYPES
+            .iter()
+            .find(|(_, known)| known == dtype)
+            .map(|(number, _)| *number)
+            .expect("the table has every type");
+        header.extend(number.to_le_bytes());
+        header.extend((offset as u64).to_le_bytes());
+        let size = dtype
+            .size_bytes(spec.elements())
+            .ok_or_else(|| ModelError::malformed(path, format!("{} does not fit {}", spec.name, dtype.name())))?;
+        offset += size.next_multiple_of(ALIGNMENT);
+    }
+    header.resize(header.len().next_multiple_of(ALIGNMENT), 0);
+
+    let io = |error| ModelError::io(path, error);
+    let mut file = BufWriter::with_capacity(1 << 20, File::create(path).map_err(io)?);
+    file.write_all(&header).map_err(io)?;
+    let mut bytes = Vec::new();
+    for (spec, dtype) in plan {
+        bytes.clear();
+        let mut values = weights.f32(&spec.name)?;
+        if values.len() != spec.elements() {
+            return Err(ModelError::malformed(
+                path,
+                format!(
+                    "tensor {} has {} elements, not {}",
+                    spec.name,
+                    values.len(),
+                    spec.elements()
+                ),
+            ));
+        }
+        if let Some(head_dim) = gguf_interleaved_head_dim(config, &spec.name) {
+            values = interleave(&values, spec.shape[0], head_dim);
+        }
+        dtype.from_f32(&values, &mut bytes).ok_or_else(|| {
+            ModelError::unsupported(
+                path,
+                format!("{} cannot be written; F32, F16, BF16 and Q8_0 can", dtype.name()),
+            )
+        })?;
+        bytes.resize(bytes.len().next_multiple_of(ALIGNMENT), 0);
+        file.write_all(&bytes).map_err(io)?;
+    }
+    file.into_inner()
+        .map_err(|error| io(error.into_error()))?
+        .sync_all()
+        .map_err(io)
+}
+
+fn stored_dtype(spec: &TensorSpec, dtype: Dtype) -> Dtype {
+    match spec.role {
+        Role::Norm => Dtype::F32,
+        _ if spec
+            .shape
+            .last()
+            .is_some_and(|columns| columns.is_multiple_of(dtype.block().0)) =>
+        {
+            dtype
+        }
+        _ => Dtype::F16,
+    }
+}
+
+fn interleave(values: &[f32], rows: usize, head_dim: usize) -> Vec<f32> {
+    let columns = values.len() / rows;
+    (0..rows)
+        .flat_map(|row| {
+            values[gguf_row_to_hf(row, head_dim) * columns..][..columns]
+                .iter()
+                .copied()
+        })
+        .collect()
+}
+
+struct Metadata {
+    bytes: Vec<u8>,
+    count: u64,
+}
+
+impl Metadata {
+    fn key(&mut self, key: &str, kind: u32) {
+        text(&mut self.bytes, key);
+        self.bytes.extend(kind.to_le_bytes());
+        self.count += 1;
+    }
+
+    fn u32(&mut self, key: &str, value: usize) {
+        self.key(key, 4);
+        self.bytes.extend((value as u32).to_le_bytes());
+    }
+
+    fn f32(&mut self, key: &str, value: f32) {
+        self.key(key, 6);
+        self.bytes.extend(value.to_le_bytes());
+    }
+
+    fn bool(&mut self, key: &str, value: bool) {
+        self.key(key, 7);
+        self.bytes.push(value.into());
+    }
+
+    fn string(&mut self, key: &str, value: &str) {
+        self.key(key, 8);
+        text(&mut self.bytes, value);
+    }
+
+    fn strings<'a>(&mut self, key: &str, values: impl ExactSizeIterator<Item = &'a str>) {
+        self.key(key, 9);
+        self.bytes.extend(8u32.to_le_bytes());
+        self.bytes.extend((values.len() as u64).to_le_bytes());
+        values.for_each(|value| text(&mut self.bytes, value));
+    }
+
+    fn i32s(&mut self, key: &str, values: &[i32]) {
+        self.key(key, 9);
+        self.bytes.extend(5u32.to_le_bytes());
+        self.bytes.extend((values.len() as u64).to_le_bytes());
+        values.iter().for_each(|value| self.bytes.extend(value.to_le_bytes()));
+    }
+}
+
+fn text(out: &mut Vec<u8>, value: &str) {
+    out.extend((value.len() as u64).to_le_bytes());
+    out.extend(value.as_bytes());
+}
+
+fn metadata(path: &Path, name: &str, config: &ModelConfig, tokenizer: Tokenizer<'_>, dtype: Dtype) -> Result<Metadata> {
+    let mut out = Metadata {
+        bytes: Vec::new(),
+        count: 0,
+    };
+    let arch = config.family.spec().gguf_architecture;
+    let file_type = match dtype {
+        Dtype::F32 => 0,
+        Dtype::F16 => 1,
+        Dtype::Q4_0 => 2,
+        Dtype::Q4_1 => 3,
+        Dtype::Q8_0 => 7,
+        Dtype::BF16 => 32,
+    };
+    out.string("general.architecture", arch);
+    out.string("general.type", "model");
+    out.string("general.name", name);
+    out.u32("general.file_type", file_type);
+    out.u32("general.quantization_version", 2);
+    let key = |key: &str| format!("{arch}.{key}");
+    out.u32(&key("block_count"), config.layers);
+    out.u32(&key("context_length"), config.max_positions);
+    out.u32(&key("embedding_length"), config.hidden_size);
+    out.u32(&key("feed_forward_length"), config.intermediate_size);
+    out.u32(&key("attention.head_count"), config.heads);
+    out.u32(&key("attention.head_count_kv"), config.kv_heads);
+    out.u32(&key("attention.key_length"), config.head_dim);
+    out.u32(&key("attention.value_length"), config.head_dim);
+    out.f32(&key("attention.layer_norm_rms_epsilon"), config.norm_eps);
+    out.f32(&key("rope.freq_base"), config.rope_theta);
+    out.u32(&key("rope.dimension_count"), config.head_dim);
+    out.u32(&key("vocab_size"), config.vocab_size);
+    write_tokenizer(&mut out, path, config, tokenizer)?;
+    Ok(out)
+}
+
+fn write_tokenizer(out: &mut Metadata, path: &Path, config: &ModelConfig, tokenizer: Tokenizer<'_>) -> Result<()> {
+    let json = tokenizer.json;
+    let model = &json["model"];
+    let vocab = model["vocab"].as_object().filter(|_| model["type"] == "BPE");
+    let vocab = vocab.ok_or_else(|| {
+        ModelError::unsupported(
+            path,
+            "the tokenizer is no BPE; GGUF files are written with byte-level BPE only",
+        )
+    })?;
+    let id_of = |value: &Value| {
+        value
+            .as_u64()
+            .and_then(|id| usize::try_from(id).ok())
+            .filter(|id| *id < config.vocab_size)
+    };
+    let bad_id = |token: &str| {
+        ModelError::malformed(
+            path,
+            format!(
+                "token {token:?} has an id outside of the model's vocabulary of {}",
+                config.vocab_size
+            ),
+        )
+    };
+
+    // Ids that no token has are filled as llama.cpp's converter does.
+    let mut tokens: Vec<String> = (0..config.vocab_size).map(|id| format!("[PAD{id}]")).collect();
+    let mut types = vec![5; config.vocab_size]; // 5: unused
+    for (token, id) in vocab {
+        let id = id_of(id).ok_or_else(|| bad_id(token))?;
+        tokens[id] = token.clone();
+        types[id] = NORMAL;
+    }
+    for added in json["added_tokens"].as_array().into_iter().flatten() {
+        let token = added["content"].as_str().unwrap_or_default();
+        let id = id_of(&added["id"]).ok_or_else(|| bad_id(token))?;
+        tokens[id] = token.to_owned();
+        types[id] = if added["special"] == true {
+            CONTROL
+        } else {
+            USER_DEFINED
+        };
+    }
+    // Newer files write a merge as a pair, older ones as one text.
+    let merges: Vec<String> = model["merges"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .map(|merge| match merge {
+            Value::Array(pair) => pair.iter().filter_map(Value::as_str).collect::<Vec<_>>().join(" "),
+            other => other.as_str().unwrap_or_default().to_owned(),
+        })
+        .collect();
+
+    out.string("tokenizer.ggml.model", "gpt2");
+    out.string("tokenizer.ggml.pre", pre_tokenizer_name(json).unwrap_or("default"));
+    out.strings("tokenizer.ggml.tokens", tokens.iter().map(String::as_str));
+    out.i32s("tokenizer.ggml.token_type", &types);
+    out.strings("tokenizer.ggml.merges", merges.iter().map(String::as_str));
+    if let Some(id) = config.bos {
+        out.u32("tokenizer.ggml.bos_token_id", id as usize);
+    }
+    for (key, id) in ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"]
+        .into_iter()
+        .zip(&config.eos)
+    {
+        out.u32(key, *id as usize);
+    }
+    let adds_bos = json["post_processor"].to_string().contains("SpecialToken");
+    out.bool("tokenizer.ggml.add_bos_token", adds_bos && config.bos.is_some());
+    out.bool("tokenizer.ggml.add_space_prefix", false);
+    if let Some(template) = tokenizer.chat_template {
+        out.string("tokenizer.chat_template", template);
+    }
+    out.string(HF_JSON, &json.to_string());
+    Ok(())
+}

@@ -1,0 +1,202 @@
+//! A tokenizer that knows which text may become a special token: the model's own, never a user's.
+
+use std::collections::HashSet;
+
+use serde_json::Value;
+use tokenizers::tokenizer::{Model, Normalizer, PreTokenizer};
+use tokenizers::{NormalizedString, OffsetReferential, OffsetType, PreTokenizedString, Tokenizer};
+
+use crate::chat::Rendered;
+use crate::error::{ModelError, Result};
+
+/// The texts of the special tokens that chat templates refer to by name.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct SpecialTexts {
+    pub(crate) bos: Option<String>,
+    pub(crate) eos: Option<String>,
+}
+
+/// A tokenizer with its special tokens.
+#[derive(Debug)]
+pub struct Vocabulary {
+    tokenizer: Tokenizer,
+    special_ids: HashSet<u32>,
+    special_texts: Vec<String>,
+}
+
+fn failed(error: impl std::fmt::Display) -> ModelError {
+    ModelError::Tokenizer(error.to_string())
+}
+
+impl Vocabulary {
+    /// Reads the object of a `tokenizer.json`.
+    pub fn from_json(json: &Value) -> Result<Self> {
+        Self::from_bytes(json.to_string().as_bytes())
+    }
+
+    /// Reads the text of a `tokenizer.json`.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
+        let mut tokenizer = Tokenizer::from_bytes(bytes).map_err(failed)?;
+        // A served prompt is refused when it is too long, never cut silently.
+        tokenizer.with_truncation(None).map_err(failed)?;
+        tokenizer.with_padding(None);
+        let special: Vec<(u32, String)> = tokenizer
+            .get_added_tokens_decoder()
+            .iter()
+            .filter(|(_, token)| token.special && !token.content.is_empty())
+            .map(|(id, token)| (*id, token.content.clone()))
+            .collect();
+        let (ids, texts): (HashSet<u32>, Vec<String>) = special.into_iter().unzip();
+        Ok(Vocabulary {
+            tokenizer,
+            special_ids: ids,
+            special_texts: texts,
+        })
+    }
+
+    /// The tokenizer inside.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    /// One more than the largest token id.
+    pub fn size(&self) -> usize {
+        self.tokenizer
+            .get_vocab(true)
+            .values()
+            .map(|id| *id as usize + 1)
+            .max()
+            .unwrap_or(0)
+    }
+
+    /// Whether `id` is a special token.
+    pub fn is_special(&self, id: u32) -> bool {
+        self.special_ids.contains(&id)
+    }
+
+    pub(crate) fn special_texts(&self) -> &[String] {
+        &self.special_texts
+    }
+
+    /// The ids of `text`, in which special tokens are recognised: for text that the caller vouches for, such as a raw
+    /// completion prompt. `add_special` adds what the tokenizer puts around a text (a begin token, say).
+    pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
+        Ok(self
+            .tokenizer
+            .encode_fast(text, add_special)
+            .map_err(failed)?
+            .get_ids()
+            .to_vec())
+    }
+
+    /// The ids of `text` with no special token among them, whatever the text says.
+    pub fn encode_literal(&self, text: &str) -> Result<Vec<u32>> {
+        let ids = self.encode_without_added_tokens(text)?;
+        if !ids.iter().any(|id| self.is_special(*id)) {
+            return Ok(ids);
+        }
+        // Only a model that merges plain text into a special token comes here: a character alone cannot be one.
+        let mut out = Vec::new();
+        for character in text.chars() {
+            out.extend(self.encode_without_added_tokens(character.encode_utf8(&mut [0; 4]))?);
+        }
+        out.retain(|id| !self.is_special(*id));
+        Ok(out)
+    }
+
+    fn encode_without_added_tokens(&self, text: &str) -> Result<Vec<u32>> {
+        let mut normalized = NormalizedString::from(text);
+        if let Some(normalizer) = self.tokenizer.get_normalizer() {
+            normalizer.normalize(&mut normalized).map_err(failed)?;
+        }
+        let mut pieces = PreTokenizedString::from(normalized);
+        if let Some(pre_tokenizer) = self.tokenizer.get_pre_tokenizer() {
+            pre_tokenizer.pre_tokenize(&mut pieces).map_err(failed)?;
+        }
+        pieces
+            .tokenize(|piece| self.tokenizer.get_model().tokenize(piece.get()))
+            .map_err(failed)?;
+        let pieces = pieces.get_splits(OffsetReferential::Original, OffsetType::None);
+        Ok(pieces
+            .into_iter()
+            .flat_map(|(_, _, tokens)| tokens.iter().flatten().map(|token| token.id))
+            .collect())
+    }
+
+    /// The ids of a rendered chat: special tokens where the template wrote them, plain text where a user did.
+    pub fn encode_rendered(&self, rendered: &Rendered) -> Result<Vec<u32>> {
+        let Some(mark) = rendered.mark() else {
+            return self.encode(rendered.marked_text(), false);
+        };
+        let text = rendered.marked_text();
+        let pieces = self
+            .tokenizer
+            .get_added_vocabulary()
+            .extract_and_normalize(self.tokenizer.get_normalizer(), text);
+        let mut ids = Vec::new();
+        let mut plain_from = 0;
+        for (_, (start, end), tokens) in pieces.get_splits(OffsetReferential::Original, OffsetType::Byte) {
+            if let Some(special) = tokens
+                .iter()
+                .flatten()
+                .map(|token| token.id)
+                .find(|id| self.is_special(*id))
+            {
+                ids.extend(self.encode_literal(&text[plain_from..start].replace(mark, ""))?);
+                ids.push(special);
+                plain_from = end;
+            }
+        }
+        ids.extend(self.encode_literal(&text[plain_from..].replace(mark, ""))?);
+        Ok(ids)
+    }
+
+    /// The text of `ids`.
+    pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
+        self.tokenizer.decode(ids, skip_special).map_err(failed)
+    }
+
+    /// The token's text as it would appear in an answer; lone bytes of a character appear as U+FFFD.
+    pub fn token_text(&self, id: u32) -> String {
+        self.decode(&[id], false).unwrap_or_default()
+    }
+}
+
+/// The text of tokens that arrive one by one; no character is given out before its last byte is there.
+#[derive(Clone, Debug, Default)]
+pub struct TokenText {
+    /// The tokens since the one before the last piece that was given out: some decoders look back one token.
+    ids: Vec<u32>,
+    /// How many of `ids` have been given out.
+    shown: usize,
+}
+
+/// A character has at most 4 bytes, so a longer run of tokens that does not end on one is not text.
+const MAX_PENDING: usize = 8;
+
+impl TokenText {
+    /// Takes the next token; returns the text that is now complete, possibly empty. Special tokens give no text.
+    pub fn push(&mut self, vocabulary: &Vocabulary, id: u32) -> Result<String> {
+        self.ids.push(id);
+        let text = self.new_text(vocabulary)?;
+        if text.ends_with('\u{FFFD}') && self.ids.len() - self.shown < MAX_PENDING {
+            return Ok(String::new());
+        }
+        self.ids.drain(..self.shown);
+        self.shown = self.ids.len();
+        Ok(text)
+    }
+
+    /// The text that was held back, when no more tokens come.
+    pub fn finish(&mut self, vocabulary: &Vocabulary) -> Result<String> {
+        let text = self.new_text(vocabulary)?;
+        self.shown = self.ids.len();
+        Ok(text)
+    }
+
+    fn new_text(&self, vocabulary: &Vocabulary) -> Result<String> {
+        let before = vocabulary.decode(&self.ids[..self.shown], true)?;
+        let all = vocabulary.decode(&self.ids, true)?;
+        Ok(all.get(before.len()..).unwrap_or_default().to_owned())
+    }
+}
