@@ -1,6 +1,5 @@
 //! `AlignmentJob`: a model and preferences to an aligned model.
 
-use kube::core::cel::Rule;
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

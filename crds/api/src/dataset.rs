@@ -1,6 +1,5 @@
 //! `Dataset`: raw sources to a published data set.
 
-use kube::core::cel::Rule;
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
