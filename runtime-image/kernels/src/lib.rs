@@ -2,5 +2,6 @@
 
 pub mod cgroup;
 pub mod cpu;
+pub mod infer;
 pub mod ops;
 pub mod pool;
