@@ -23,6 +23,7 @@ pub mod pki;
 pub mod process;
 pub mod slot;
 pub mod supervise;
+pub mod volume;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -145,6 +146,7 @@ impl Bed {
     /// The step that failed, with the end of the log that explains it.
     pub async fn up(&self) -> Result<()> {
         Self::build()?;
+        let _alone = cache::lock(&self.slot.name())?;
         if self.is_healthy().await {
             say(format_args!(
                 "the bed in slot {} runs and is healthy; nothing to do",
@@ -152,7 +154,7 @@ impl Bed {
             ));
             return Ok(());
         }
-        self.down()?;
+        self.clear()?;
         let started = Instant::now();
         say(format_args!(
             "starting the bed in slot {} (about half a minute)",
@@ -202,6 +204,11 @@ impl Bed {
     /// # Errors
     /// A process that does not end, or a file that cannot be removed.
     pub fn down(&self) -> Result<()> {
+        let _alone = cache::lock(&self.slot.name())?;
+        self.clear()
+    }
+
+    fn clear(&self) -> Result<()> {
         if !self.state.exists() {
             return Ok(());
         }

@@ -1,5 +1,13 @@
 //! A real cluster, the demo and the tests that run on it.
+//!
+//! [`bed`] brings a one-node Kubernetes up and down, [`image`] makes images without Docker. A test runs in
+//! [`with_temp_ns`], waits with [`wait`] and counts what a user wrote with [`audit`].
 
+pub mod audit;
 pub mod bed;
+mod dump;
 pub mod image;
+pub mod namespace;
 pub mod wait;
+
+pub use namespace::{Context, with_temp_ns};

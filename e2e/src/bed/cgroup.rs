@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 const ROOT: &str = "/sys/fs/cgroup";
-/// What the kubelet of version 2 wants to see below the root.
-const CONTROLLERS: &str = "+cpu +cpuset +io +memory +pids";
+/// What the kubelet wants to see below the root in version 2, as far as the machine has it.
+const CONTROLLERS: [&str; 6] = ["cpu", "cpuset", "hugetlb", "io", "memory", "pids"];
 
 /// Makes the group `name` in every hierarchy of this machine.
 ///
@@ -17,10 +17,15 @@ const CONTROLLERS: &str = "+cpu +cpuset +io +memory +pids";
 /// The control group file system is missing or read-only.
 pub fn create(name: &str) -> Result<()> {
     let root = Path::new(ROOT);
-    if root.join("cgroup.controllers").exists() {
+    if let Ok(available) = fs::read_to_string(root.join("cgroup.controllers")) {
+        let wanted: Vec<String> = available
+            .split_whitespace()
+            .filter(|controller| CONTROLLERS.contains(controller))
+            .map(|controller| format!("+{controller}"))
+            .collect();
         let enable = |folder: &Path| {
-            fs::write(folder.join("cgroup.subtree_control"), CONTROLLERS)
-                .with_context(|| format!("cannot switch on {CONTROLLERS} in {}", folder.display()))
+            fs::write(folder.join("cgroup.subtree_control"), wanted.join(" "))
+                .with_context(|| format!("cannot switch on {} in {}", wanted.join(" "), folder.display()))
         };
         enable(root)?;
         fs::create_dir_all(root.join(name))?;

@@ -38,6 +38,9 @@ pub const BED: [Program; 8] = [
     Program::Coredns,
 ];
 
+/// What only tests run.
+pub const TOOLS: [Program; 2] = [Program::Helm, Program::Kubeconform];
+
 /// A module: everything of it is compiled by one run of `go build`.
 struct Module {
     path: &'static str,
@@ -158,11 +161,12 @@ pub fn path(program: Program) -> PathBuf {
     cache::programs().join(program.version()).join(program.name())
 }
 
-/// Compiles those of `programs` that are not in the cache, one module after the other.
+/// Compiles those of `programs` that are not in the cache, one module after the other. One caller at a time.
 ///
 /// # Errors
 /// Go is missing, or a module does not compile; the message holds the compiler's.
 pub fn build(programs: &[Program]) -> Result<()> {
+    let _alone = cache::lock("go")?;
     for module in &MODULES {
         let wanted = module
             .programs

@@ -5,6 +5,7 @@ use std::process::Command;
 
 use anyhow::{Result, bail};
 
+use crate::bed::cache;
 use crate::bed::command::{self, say};
 
 /// A Debian package, known by a program that it brings.
@@ -16,55 +17,28 @@ pub struct Package {
     pub program: &'static str,
 }
 
+impl Package {
+    const fn new(name: &'static str, program: &'static str) -> Self {
+        Self { name, program }
+    }
+}
+
 /// A shell in one file.
-pub const BUSYBOX: Package = Package {
-    name: "busybox-static",
-    program: "busybox",
-};
+pub const BUSYBOX: Package = Package::new("busybox-static", "busybox");
 /// For one wheel.
-pub const PYTHON: Package = Package {
-    name: "python3",
-    program: "python3",
-};
+pub const PYTHON: Package = Package::new("python3", "python3");
 
 /// What a bed runs or calls.
 const BED: [Package; 9] = [
-    Package {
-        name: "containerd",
-        program: "containerd",
-    },
-    Package {
-        name: "runc",
-        program: "runc",
-    },
-    Package {
-        name: "containernetworking-plugins",
-        program: "/usr/lib/cni/bridge",
-    },
-    Package {
-        name: "iptables",
-        program: "iptables",
-    },
-    Package {
-        name: "conntrack",
-        program: "conntrack",
-    },
-    Package {
-        name: "ethtool",
-        program: "ethtool",
-    },
-    Package {
-        name: "iproute2",
-        program: "ip",
-    },
-    Package {
-        name: "util-linux",
-        program: "unshare",
-    },
-    Package {
-        name: "ca-certificates",
-        program: "/etc/ssl/certs/ca-certificates.crt",
-    },
+    Package::new("containerd", "containerd"),
+    Package::new("runc", "runc"),
+    Package::new("containernetworking-plugins", "/usr/lib/cni/bridge"),
+    Package::new("iptables", "iptables"),
+    Package::new("conntrack", "conntrack"),
+    Package::new("ethtool", "ethtool"),
+    Package::new("iproute2", "ip"),
+    Package::new("util-linux", "unshare"),
+    Package::new("ca-certificates", "/etc/ssl/certs/ca-certificates.crt"),
 ];
 
 /// Checks that we are root and installs what a bed needs.
@@ -84,6 +58,7 @@ pub fn prepare() -> Result<()> {
 /// # Errors
 /// `apt-get` is missing or fails.
 pub fn install(packages: &[Package]) -> Result<()> {
+    let _alone = cache::lock("packages")?;
     let missing: Vec<&str> = packages
         .iter()
         .filter(|p| find(p.program).is_none())

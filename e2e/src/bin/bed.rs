@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use strata_e2e::bed::slot::Slot;
-use strata_e2e::bed::{Bed, command, supervise};
+use strata_e2e::bed::{Bed, command, go, supervise};
 use strata_e2e::image::catalog;
 
 #[derive(Parser)]
@@ -18,7 +18,11 @@ struct Arguments {
 #[derive(Subcommand)]
 enum Command {
     /// Installs Debian packages and compiles the Go programs that are missing.
-    Build,
+    Build {
+        /// Also what only the tests run: helm and kubeconform.
+        #[arg(long)]
+        tools: bool,
+    },
     /// Starts a bed; one that runs and is healthy is left alone.
     Up(Where),
     /// Ends a bed and removes all its files.
@@ -66,7 +70,10 @@ fn run(command: Command) -> anyhow::Result<()> {
         .build()?
         .block_on(async {
             match command {
-                Command::Build => Bed::build(),
+                Command::Build { tools } => {
+                    Bed::build()?;
+                    if tools { go::build(&go::TOOLS) } else { Ok(()) }
+                }
                 Command::Up(at) => Bed::new(at.slot).up().await,
                 Command::Down(at) => Bed::new(at.slot).down(),
                 Command::Images(at) => Bed::new(at.slot).import(&catalog::STRATA),
@@ -88,7 +95,6 @@ fn print_environment(bed: &Bed) {
 }
 
 fn kubectl_folder() -> PathBuf {
-    use strata_e2e::bed::go;
     let mut path = go::path(go::Program::Kubectl);
     path.pop();
     path

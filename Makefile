@@ -1,0 +1,56 @@
+# Names the commands. What they do is in e2e/ (the cluster, the demo, the tests) and in the crates themselves.
+export CARGO_TARGET_DIR ?= $(HOME)/.cache/strata/target
+BIN := $(CARGO_TARGET_DIR)/debug
+# The cluster of the demo: empty for one on this machine, `current` for that of the kubectl context, which then needs
+# a registry that it can pull from.
+CLUSTER ?=
+REGISTRY ?=
+WHERE := $(if $(CLUSTER),--cluster $(CLUSTER)) $(if $(REGISTRY),--registry $(REGISTRY))
+# The slot of the tests' cluster; the demo has slot 0, so that both can run at once.
+SLOT ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo demo-down test lint generate generated test-unit test-e2e programs bed bed-down
+
+help: ## Show this list
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+demo: programs ## A real model life on a real cluster: from raw text to a chat (CLUSTER=current REGISTRY=… for your own)
+	$(BIN)/demo up $(WHERE)
+
+demo-down: programs ## Remove all that the demo made
+	$(BIN)/demo down $(WHERE)
+
+test: lint generated test-unit test-e2e ## All tests
+
+lint: ## Format and clippy, warnings denied
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+
+generate: ## Write the CRDs and the API reference anew
+	cargo run --quiet -p strata-api --bin crdgen -- config/crd docs/reference
+
+generated: ## Check that the generated files are in step with the code
+	@new=$$(mktemp -d) && trap 'rm -r "$$new"' EXIT && mkdir "$$new/crd" "$$new/reference" \
+	&& cargo run --quiet -p strata-api --bin crdgen -- "$$new/crd" "$$new/reference" \
+	&& for file in $$(cd "$$new" && find crd -type f); do diff -u "config/$$file" "$$new/$$file" || exit 1; done \
+	&& for file in $$(cd "$$new" && find reference -type f); do diff -u "docs/$$file" "$$new/$$file" || exit 1; done \
+	|| { echo "generated files are out of step: run 'make generate' and commit"; exit 1; }
+
+test-unit: ## Unit, property and mock-server tests
+	cargo test --workspace --exclude strata-e2e
+
+test-e2e: bed ## Tests on a real cluster; it stays up when one fails
+	eval "$$($(BIN)/bed env --slot $(SLOT))" && cargo test -p strata-e2e
+	$(BIN)/bed down --slot $(SLOT)
+
+programs:
+	cargo build --workspace --bins
+
+bed: programs ## Bring up the tests' cluster with the images and tools of the tests
+	$(BIN)/bed build --tools
+	$(BIN)/bed up --slot $(SLOT)
+	$(BIN)/bed images --slot $(SLOT)
+
+bed-down: programs ## Take the tests' cluster down
+	$(BIN)/bed down --slot $(SLOT)

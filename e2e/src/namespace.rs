@@ -1,0 +1,212 @@
+//! A namespace for one test: random name, restricted pods, static volumes, everything dumped when the test fails, and
+//! everything gone after it.
+
+use std::ffi::OsStr;
+use std::future::Future;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use k8s_openapi::NamespaceResourceScope;
+use k8s_openapi::api::core::v1::{Namespace, PersistentVolumeClaim, ServiceAccount};
+use kube::api::{DeleteParams, ObjectMeta, PostParams};
+use kube::{Api, Client, Resource};
+use rand::Rng;
+use rand::distr::Alphanumeric;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::bed::go::{self, Program};
+use crate::bed::volume::Volume;
+use crate::bed::{Bed, command};
+use crate::{dump, wait};
+
+/// How long the namespace may take to come and to go; pods get 30 s to end.
+const DEADLINE: Duration = Duration::from_secs(90);
+
+/// What a test works with.
+#[derive(Clone)]
+pub struct Context {
+    /// The cluster.
+    pub bed: Bed,
+    /// A client with all rights.
+    pub client: Client,
+    /// The test's own namespace.
+    pub namespace: String,
+    volumes: Arc<Mutex<Vec<Volume>>>,
+}
+
+/// Runs `test` in a namespace of its own, on the bed that `STRATA_E2E` names.
+///
+/// # Panics
+/// The test failed or panicked; what was in the namespace is on standard error. Or there is no bed.
+pub async fn with_temp_ns<F, Fut>(test: F)
+where
+    F: FnOnce(Context) -> Fut,
+    Fut: Future<Output = Result<()>> + Send + 'static,
+{
+    let context = Context::begin().await.unwrap_or_else(|error| panic!("{error:#}"));
+    // A task of its own, so that a panic in the test does not skip the dump.
+    let outcome = tokio::spawn(test(context.clone())).await;
+    let passed = matches!(outcome, Ok(Ok(())));
+    if !passed {
+        // The test harness shows what is printed only for a test that failed.
+        eprintln!("{}", dump::namespace(&context.client, &context.namespace).await);
+    }
+    let removed = context.end().await;
+    match outcome {
+        Ok(Ok(())) => removed.unwrap_or_else(|error| panic!("the test passed, but left something: {error:#}")),
+        Ok(Err(error)) => panic!("{error:#}"),
+        Err(join) => std::panic::resume_unwind(join.into_panic()),
+    }
+}
+
+impl Context {
+    async fn begin() -> Result<Self> {
+        let bed = Bed::from_env()?;
+        let client = bed.client().await?;
+        let random: String = rand::rng().sample_iter(Alphanumeric).take(6).map(char::from).collect();
+        let name = format!("e2e-{}", random.to_lowercase());
+        let namespace = Namespace {
+            metadata: ObjectMeta {
+                name: Some(name.clone()),
+                labels: Some([("pod-security.kubernetes.io/enforce".to_owned(), "restricted".to_owned())].into()),
+                ..ObjectMeta::default()
+            },
+            ..Namespace::default()
+        };
+        Api::all(client.clone())
+            .create(&PostParams::default(), &namespace)
+            .await?;
+        let context = Self {
+            bed,
+            client,
+            namespace: name,
+            volumes: Arc::default(),
+        };
+        // Until it is there, pods are refused.
+        wait::until(&context.api::<ServiceAccount>(), "default", "exists", DEADLINE, |_| {
+            true
+        })
+        .await?;
+        Ok(context)
+    }
+
+    /// The objects of a kind in this namespace.
+    #[must_use]
+    pub fn api<K>(&self) -> Api<K>
+    where
+        K: Resource<Scope = NamespaceResourceScope>,
+        K::DynamicType: Default,
+    {
+        Api::namespaced(self.client.clone(), &self.namespace)
+    }
+
+    /// Creates `object` in this namespace.
+    ///
+    /// # Errors
+    /// The API server refuses it.
+    pub async fn create<K>(&self, object: &K) -> Result<K>
+    where
+        K: Resource<Scope = NamespaceResourceScope> + Clone + Serialize + DeserializeOwned + std::fmt::Debug,
+        K::DynamicType: Default,
+    {
+        Ok(self.api().create(&PostParams::default(), object).await?)
+    }
+
+    /// A volume for the claim `claim`, which may come later (from a manifest, or from the operator).
+    ///
+    /// # Errors
+    /// As [`Volume::create`].
+    pub async fn volume(&self, claim: &str, capacity: &str, limit_bytes: Option<u64>) -> Result<Volume> {
+        let volume = Volume::create(&self.bed, &self.client, (&self.namespace, claim), capacity, limit_bytes).await?;
+        self.volumes
+            .lock()
+            .expect("no thread panics with the list in hand")
+            .push(volume.clone());
+        Ok(volume)
+    }
+
+    /// A claim with its volume, bound.
+    ///
+    /// # Errors
+    /// As [`Volume::create`], or the claim is not bound in time.
+    pub async fn claim(&self, claim: &str, capacity: &str, limit_bytes: Option<u64>) -> Result<Volume> {
+        let volume = self.volume(claim, capacity, limit_bytes).await?;
+        self.create(&volume.claim()).await?;
+        let bound = |claim: Option<&PersistentVolumeClaim>| {
+            claim.and_then(|c| c.status.as_ref()).and_then(|s| s.phase.as_deref()) == Some("Bound")
+        };
+        wait::until(&self.api(), claim, "is bound", DEADLINE, bound).await?;
+        Ok(volume)
+    }
+
+    /// `kubectl ARGUMENTS` in this namespace; returns standard output.
+    ///
+    /// # Errors
+    /// It failed; the message holds what it said.
+    pub async fn kubectl<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Result<String> {
+        self.run(
+            self.bed
+                .kubectl()
+                .args(["--namespace", &self.namespace])
+                .args(arguments),
+        )
+        .await
+    }
+
+    /// `helm ARGUMENTS` in this namespace; returns standard output. `bed build --tools` compiles it.
+    ///
+    /// # Errors
+    /// As [`Context::kubectl`].
+    pub async fn helm<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Result<String> {
+        let mut helm = Command::new(tool(Program::Helm)?);
+        helm.env("KUBECONFIG", self.bed.kubeconfig()).env("NO_PROXY", "*");
+        self.run(helm.args(["--namespace", &self.namespace]).args(arguments))
+            .await
+    }
+
+    async fn run(&self, command: &mut Command) -> Result<String> {
+        let line = format!("{command:?}");
+        command.stdin(Stdio::null());
+        let mut owned = Command::new(command.get_program());
+        std::mem::swap(&mut owned, command);
+        let run = tokio::process::Command::from(owned)
+            .output()
+            .await
+            .with_context(|| format!("cannot run {line}"))?;
+        if !run.status.success() {
+            bail!(
+                "{line} failed ({}):\n{}",
+                run.status,
+                command::tail(&String::from_utf8_lossy(&run.stderr), 30)
+            );
+        }
+        Ok(String::from_utf8(run.stdout)?)
+    }
+
+    async fn end(&self) -> Result<()> {
+        let namespaces: Api<Namespace> = Api::all(self.client.clone());
+        namespaces.delete(&self.namespace, &DeleteParams::default()).await?;
+        wait::until_gone(&namespaces, &self.namespace, DEADLINE).await?;
+        let volumes = std::mem::take(&mut *self.volumes.lock().expect("no thread panics with the list in hand"));
+        for volume in volumes {
+            volume.remove(&self.client).await?;
+        }
+        Ok(())
+    }
+}
+
+/// Where a tool of the tests lies.
+///
+/// # Errors
+/// It was not compiled yet.
+pub fn tool(program: Program) -> Result<impl AsRef<OsStr> + AsRef<Path>> {
+    let path = go::path(program);
+    if !path.exists() {
+        bail!("{} is missing: `bed build --tools` compiles it", path.display());
+    }
+    Ok(path)
+}
