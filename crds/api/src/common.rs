@@ -10,12 +10,18 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Rule of a union: exactly one of `fields` is set.
+///
+/// The message is a choice between whole texts: the server cannot bound what `string(int)` costs and would refuse the CRD.
 pub(crate) fn exactly_one(fields: &[&str]) -> Rule {
     let count = |field: &&str| format!("(has(self.{field}) ? 1 : 0)");
     let sum = fields.iter().map(count).collect::<Vec<_>>().join(" + ");
-    let names = fields.join(", ");
+    let text = |got: usize| format!("'exactly one of {} must be set, got {got}'", fields.join(", "));
+    let message = (2..fields.len()).rev().fold(text(fields.len()), |rest, got| {
+        format!("{sum} == {got} ? {} : {rest}", text(got))
+    });
     Rule::new(format!("{sum} == 1")).message(kube::core::cel::Message::Expression(format!(
-        "'exactly one of {names} must be set, got ' + string({sum})"
+        "{sum} == 0 ? {} : {message}",
+        text(0)
     )))
 }
 
