@@ -1,1 +1,21 @@
 //! The serving engine: scheduler, paged KV-cache, OpenAI API.
+//!
+//! ```text
+//! http ──Submission──▶ engine ──▶ schedule (which tokens) ──▶ executor (logits) ──▶ sample ──Event──▶ http
+//! ```
+//! `schedule` is pure, `engine::executor` knows matrices and blocks but no requests, `http` knows requests but no tensors.
+
+mod args;
+pub mod engine;
+mod error;
+mod http;
+mod metrics;
+pub mod schedule;
+mod server;
+
+pub use args::{CacheDtype, ServeArgs};
+pub use engine::executor::Precision;
+pub use engine::{ScoreError, Scorer};
+pub use error::ServeError;
+pub use metrics::Metrics;
+pub use server::{Server, run};

@@ -1,0 +1,78 @@
+//! The command line of `strata-runtime serve`, named as in `vllm serve` where it means the same.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use strata_kernels::infer::KvDtype;
+
+/// Number type of the key-value cache.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum CacheDtype {
+    /// Half floats.
+    #[default]
+    #[value(alias = "auto", alias = "float16")]
+    F16,
+    /// 32-bit floats.
+    #[value(alias = "float32")]
+    F32,
+}
+
+impl CacheDtype {
+    pub(crate) fn kernel(self) -> KvDtype {
+        match self {
+            CacheDtype::F16 => KvDtype::F16,
+            CacheDtype::F32 => KvDtype::F32,
+        }
+    }
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            CacheDtype::F16 => "float16",
+            CacheDtype::F32 => "float32",
+        }
+    }
+}
+
+/// Arguments of the server.
+#[derive(Args, Clone, Debug)]
+pub struct ServeArgs {
+    /// Hugging Face folder, GGUF file, or folder with one GGUF file.
+    #[arg(long)]
+    pub model: PathBuf,
+    /// Names under which the model is served; the first one stands in responses and metrics. Default: the name of the file or folder.
+    #[arg(long, num_args = 1..=16)]
+    pub served_model_name: Vec<String>,
+    /// Address to listen on.
+    #[arg(long, default_value = "0.0.0.0")]
+    pub host: String,
+    /// Port to listen on; 0 takes any free one.
+    #[arg(long, default_value_t = 8000)]
+    pub port: u16,
+    /// The most tokens of a prompt and its answer together. Default: what the model was made for, cut to what the cache holds.
+    #[arg(long)]
+    pub max_model_len: Option<usize>,
+    /// Requests computed at once.
+    #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub max_num_seqs: u32,
+    /// Tokens computed in one step.
+    #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    pub max_num_batched_tokens: u32,
+    /// Requests that may wait; more are refused with status 429.
+    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(0..=65536))]
+    pub max_num_waiting: u32,
+    /// Tokens in a block of the cache.
+    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=256))]
+    pub block_size: u32,
+    /// Memory for keys and values, in bytes. Default: room for every running request at full length, at most a quarter of the memory limit.
+    #[arg(long)]
+    pub kv_cache_memory_bytes: Option<u64>,
+    /// Reuse the computed beginnings of earlier prompts.
+    #[arg(long)]
+    pub enable_prefix_caching: bool,
+    /// Number type of keys and values.
+    #[arg(long, value_enum, default_value_t = CacheDtype::F16)]
+    pub kv_cache_dtype: CacheDtype,
+    /// Seconds that running requests get to finish after SIGTERM.
+    #[arg(long, default_value_t = 30)]
+    pub shutdown_timeout: u64,
+}

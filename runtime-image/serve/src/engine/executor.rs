@@ -1,0 +1,348 @@
+//! The forward pass: rows of tokens in, logits out. Knows blocks and matrices, nothing of requests.
+
+use std::sync::Arc;
+
+use strata_kernels::cpu::{Isa, isa};
+use strata_kernels::infer::{
+    F32Matrix, Input, KvDtype, KvLayer, KvLayout, Matrix, Q8Matrix, Q8Rows, Sequence, attend, matmul,
+};
+use strata_kernels::ops::activation::silu_mul;
+use strata_kernels::ops::rms_norm::rms_norm;
+use strata_kernels::ops::rope::{RopeTable, Turn, rope};
+use strata_kernels::pool;
+use strata_model::{BLOCK, Dtype, EMBEDDING, FINAL_NORM, HEAD, ModelConfig, ModelError, Weights, layer_name};
+
+/// Rows of logits computed at once: bounds their memory whatever the batch.
+const LOGIT_ROWS: usize = 32;
+
+/// How matrices are held in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// As near to the file as the kernels have it: Q8_0 as it is, Q4_0 and Q4_1 as Q8_0, floats as F32.
+    Stored,
+    /// Everything as F32.
+    Float,
+}
+
+struct Layer {
+    attention_norm: Vec<f32>,
+    queries: Matrix,
+    keys: Matrix,
+    values: Matrix,
+    output: Matrix,
+    feed_forward_norm: Vec<f32>,
+    gate: Matrix,
+    up: Matrix,
+    down: Matrix,
+}
+
+/// One token in a forward pass.
+#[derive(Clone, Copy, Debug)]
+pub struct Row {
+    /// The token.
+    pub token: u32,
+    /// Its position in its sequence.
+    pub position: u32,
+    /// Which of [`Batch::tables`] has its sequence's blocks.
+    pub table: usize,
+    /// Whether its logits are wanted.
+    pub logits: bool,
+}
+
+/// What one forward pass computes. Rows of one sequence are in order, and earlier ones are computed or in the same batch.
+#[derive(Debug, Default)]
+pub struct Batch {
+    /// The tokens.
+    pub rows: Vec<Row>,
+    /// The blocks of each sequence.
+    pub tables: Vec<Vec<u32>>,
+}
+
+/// Buffers of a forward pass, kept between passes.
+#[derive(Default)]
+struct Scratch {
+    hidden: Vec<f32>,
+    normed: Vec<f32>,
+    inverse: Vec<f32>,
+    queries: Vec<f32>,
+    keys: Vec<f32>,
+    values: Vec<f32>,
+    mixed: Vec<f32>,
+    projected: Vec<f32>,
+    gate: Vec<f32>,
+    up: Vec<f32>,
+    product: Vec<f32>,
+    quantized: Q8Rows,
+    logits: Vec<f32>,
+}
+
+/// A model's weights, its key-value cache, and the buffers to run it.
+pub struct Executor {
+    config: ModelConfig,
+    isa: Isa,
+    embedding: Arc<Matrix>,
+    layers: Vec<Layer>,
+    final_norm: Vec<f32>,
+    head: Arc<Matrix>,
+    rope: RopeTable,
+    cache: Vec<KvLayer>,
+    block_tokens: usize,
+    scratch: Scratch,
+}
+
+/// Bytes that one block takes in all layers.
+pub fn block_bytes(config: &ModelConfig, block_tokens: usize, dtype: KvDtype) -> usize {
+    config.layers * layout(config, block_tokens, dtype).block_bytes()
+}
+
+fn layout(config: &ModelConfig, block_tokens: usize, dtype: KvDtype) -> KvLayout {
+    KvLayout {
+        kv_heads: config.kv_heads,
+        head_dim: config.head_dim,
+        block_tokens,
+        dtype,
+    }
+}
+
+impl Executor {
+    /// Loads the weights into the kernels' layout and makes a cache of `blocks` blocks. `positions` bounds the length of a
+    /// sequence.
+    pub fn new(
+        config: &ModelConfig,
+        weights: &dyn Weights,
+        precision: Precision,
+        kv_dtype: KvDtype,
+        block_tokens: usize,
+        blocks: usize,
+        positions: usize,
+    ) -> Result<Self, ModelError> {
+        let load = |name: &str| matrix(weights, name, precision);
+        let layers = (0..config.layers)
+            .map(|layer| {
+                let load = |part: &str| load(&layer_name(layer, part));
+                Ok(Layer {
+                    attention_norm: weights.f32(&layer_name(layer, "input_layernorm"))?,
+                    queries: load("self_attn.q_proj")?,
+                    keys: load("self_attn.k_proj")?,
+                    values: load("self_attn.v_proj")?,
+                    output: load("self_attn.o_proj")?,
+                    feed_forward_norm: weights.f32(&layer_name(layer, "post_attention_layernorm"))?,
+                    gate: load("mlp.gate_proj")?,
+                    up: load("mlp.up_proj")?,
+                    down: load("mlp.down_proj")?,
+                })
+            })
+            .collect::<Result<Vec<_>, ModelError>>()?;
+        let embedding = Arc::new(load(EMBEDDING)?);
+        let head = if config.tie_embeddings {
+            embedding.clone()
+        } else {
+            Arc::new(load(HEAD)?)
+        };
+        let layout = layout(config, block_tokens, kv_dtype);
+        Ok(Executor {
+            isa: isa(),
+            embedding,
+            layers,
+            final_norm: weights.f32(FINAL_NORM)?,
+            head,
+            rope: RopeTable::new(positions, config.head_dim, f64::from(config.rope_theta)),
+            cache: (0..config.layers).map(|_| KvLayer::new(layout, blocks)).collect(),
+            block_tokens,
+            config: config.clone(),
+            scratch: Scratch::default(),
+        })
+    }
+
+    /// The model's shape.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Bytes of weights that computing one token reads.
+    pub fn weight_bytes(&self) -> usize {
+        let layer = |layer: &Layer| {
+            let Layer {
+                queries,
+                keys,
+                values,
+                output,
+                gate,
+                up,
+                down,
+                ..
+            } = layer;
+            [queries, keys, values, output, gate, up, down]
+                .iter()
+                .map(|matrix| matrix.size_bytes())
+                .sum::<usize>()
+        };
+        self.layers.iter().map(layer).sum::<usize>() + self.head.size_bytes()
+    }
+
+    /// Computes a batch. `logits` gets, for each row that wants them and in order, the row's index and its logits.
+    pub fn forward(&mut self, batch: &Batch, mut logits: impl FnMut(usize, &[f32])) {
+        let Executor {
+            config,
+            isa,
+            embedding,
+            layers,
+            final_norm,
+            head,
+            rope: table,
+            cache,
+            block_tokens,
+            scratch: s,
+        } = self;
+        let (rows, hidden, pool) = (batch.rows.len(), config.hidden_size, pool::global());
+        if rows == 0 {
+            return;
+        }
+        let (width, kv_width) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
+        let positions: Vec<u32> = batch.rows.iter().map(|row| row.position).collect();
+        let sequences: Vec<Sequence<'_>> = batch
+            .rows
+            .iter()
+            .map(|row| Sequence {
+                table: &batch.tables[row.table],
+                len: row.position as usize + 1,
+            })
+            .collect();
+        for (buffer, size) in [
+            (&mut s.hidden, hidden),
+            (&mut s.normed, hidden),
+            (&mut s.inverse, 1),
+            (&mut s.queries, width),
+            (&mut s.keys, kv_width),
+            (&mut s.values, kv_width),
+            (&mut s.mixed, width),
+            (&mut s.projected, hidden),
+            (&mut s.gate, config.intermediate_size),
+            (&mut s.up, config.intermediate_size),
+            (&mut s.product, config.intermediate_size),
+        ] {
+            buffer.resize(rows * size, 0.0);
+        }
+
+        for (row, out) in batch.rows.iter().zip(s.hidden.chunks_exact_mut(hidden)) {
+            embedding.row(row.token as usize, out);
+        }
+        for (layer, cache) in layers.iter().zip(cache) {
+            rms_norm(
+                &mut s.normed,
+                &mut s.inverse,
+                &s.hidden,
+                &layer.attention_norm,
+                config.norm_eps,
+            );
+            let input = self::input(
+                &mut s.quantized,
+                *isa,
+                &s.normed,
+                hidden,
+                &[&layer.queries, &layer.keys, &layer.values],
+            );
+            let mut products = [
+                (&layer.queries, s.queries.as_mut_slice()),
+                (&layer.keys, s.keys.as_mut_slice()),
+                (&layer.values, s.values.as_mut_slice()),
+            ];
+            matmul(pool, *isa, input, &mut products);
+            rope(&mut s.queries, &positions, table, Turn::Forward);
+            rope(&mut s.keys, &positions, table, Turn::Forward);
+            for (i, row) in batch.rows.iter().enumerate() {
+                let position = row.position as usize;
+                let at = i * kv_width..(i + 1) * kv_width;
+                let block = batch.tables[row.table][position / *block_tokens];
+                cache.write(block, position % *block_tokens, &s.keys[at.clone()], &s.values[at]);
+            }
+            attend(pool, *isa, cache, &s.queries, &sequences, &mut s.mixed);
+            let input = self::input(&mut s.quantized, *isa, &s.mixed, width, &[&layer.output]);
+            matmul(pool, *isa, input, &mut [(&layer.output, s.projected.as_mut_slice())]);
+            add(&mut s.hidden, &s.projected);
+
+            rms_norm(
+                &mut s.normed,
+                &mut s.inverse,
+                &s.hidden,
+                &layer.feed_forward_norm,
+                config.norm_eps,
+            );
+            let input = self::input(&mut s.quantized, *isa, &s.normed, hidden, &[&layer.gate, &layer.up]);
+            matmul(
+                pool,
+                *isa,
+                input,
+                &mut [(&layer.gate, s.gate.as_mut_slice()), (&layer.up, s.up.as_mut_slice())],
+            );
+            silu_mul(&mut s.product, &s.gate, &s.up);
+            let input = self::input(
+                &mut s.quantized,
+                *isa,
+                &s.product,
+                config.intermediate_size,
+                &[&layer.down],
+            );
+            matmul(pool, *isa, input, &mut [(&layer.down, s.projected.as_mut_slice())]);
+            add(&mut s.hidden, &s.projected);
+        }
+
+        let wanted: Vec<usize> = (0..rows).filter(|row| batch.rows[*row].logits).collect();
+        for some in wanted.chunks(LOGIT_ROWS) {
+            for (i, row) in some.iter().enumerate() {
+                let (to, from) = (i * hidden..(i + 1) * hidden, row * hidden..(row + 1) * hidden);
+                s.projected[to].copy_from_slice(&s.hidden[from]);
+            }
+            let last = &s.projected[..some.len() * hidden];
+            let normed = &mut s.normed[..some.len() * hidden];
+            rms_norm(normed, &mut s.inverse[..some.len()], last, final_norm, config.norm_eps);
+            s.logits.resize(some.len() * config.vocab_size, 0.0);
+            let input = self::input(&mut s.quantized, *isa, normed, hidden, &[head]);
+            matmul(pool, *isa, input, &mut [(&**head, s.logits.as_mut_slice())]);
+            for (row, values) in some.iter().zip(s.logits.chunks_exact(config.vocab_size)) {
+                logits(*row, values);
+            }
+        }
+    }
+}
+
+/// The input as the matrices that it goes to need it.
+fn input<'a>(
+    quantized: &'a mut Q8Rows,
+    isa: Isa,
+    values: &'a [f32],
+    columns: usize,
+    matrices: &[&Matrix],
+) -> Input<'a> {
+    if matrices.iter().any(|matrix| matches!(matrix, Matrix::Q8(_))) {
+        quantized.quantize(isa, values, columns);
+    }
+    Input { values, quantized }
+}
+
+fn add(to: &mut [f32], values: &[f32]) {
+    to.iter_mut().zip(values).for_each(|(to, value)| *to += value);
+}
+
+fn matrix(weights: &dyn Weights, name: &str, precision: Precision) -> Result<Matrix, ModelError> {
+    let raw = weights.raw(name)?;
+    let (rows, columns) = (raw.shape[0], raw.shape[1]);
+    let stored = precision == Precision::Stored && columns.is_multiple_of(BLOCK);
+    Ok(match raw.dtype {
+        Dtype::Q8_0 if stored => Matrix::Q8(Q8Matrix::pack(rows, columns, &raw.bytes)),
+        Dtype::Q4_0 | Dtype::Q4_1 if stored => {
+            let mut values = vec![0.0; rows * columns];
+            raw.dtype.to_f32(&raw.bytes, &mut values);
+            let mut bytes = Vec::new();
+            Dtype::Q8_0
+                .from_f32(&values, &mut bytes)
+                .expect("the columns are whole blocks");
+            Matrix::Q8(Q8Matrix::pack(rows, columns, &bytes))
+        }
+        _ => {
+            let mut values = vec![0.0; rows * columns];
+            raw.dtype.to_f32(&raw.bytes, &mut values);
+            Matrix::F32(F32Matrix::new(rows, columns, values))
+        }
+    })
+}

@@ -1,0 +1,128 @@
+//! Request bodies. Unknown fields are ignored; known ones that this server does not act on are refused, never dropped silently.
+
+use std::collections::HashMap;
+
+use axum::body::Bytes;
+use axum::extract::rejection::BytesRejection;
+use axum::response::IntoResponse;
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use super::error::ApiError;
+
+/// Fields that chat and plain completions share.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct Options {
+    pub(super) model: Option<String>,
+    pub(super) max_tokens: Option<i64>,
+    pub(super) temperature: Option<f64>,
+    pub(super) top_p: Option<f64>,
+    pub(super) top_k: Option<i64>,
+    pub(super) seed: Option<i64>,
+    pub(super) stop: Option<OneOrMany>,
+    pub(super) n: Option<i64>,
+    pub(super) stream: Option<bool>,
+    pub(super) stream_options: Option<StreamOptions>,
+    pub(super) presence_penalty: Option<f64>,
+    pub(super) frequency_penalty: Option<f64>,
+    pub(super) logit_bias: Option<HashMap<String, f64>>,
+    pub(super) ignore_eos: Option<bool>,
+}
+
+/// How a stream is sent.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct StreamOptions {
+    pub(super) include_usage: Option<bool>,
+}
+
+/// A text or a list of texts.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+pub(super) enum OneOrMany {
+    One(String),
+    Many(Vec<String>),
+}
+
+/// Body of `/v1/chat/completions`.
+#[derive(Debug, Deserialize)]
+pub(super) struct ChatRequest {
+    pub(super) messages: Vec<Value>,
+    #[serde(flatten)]
+    pub(super) options: Options,
+    #[serde(default)]
+    pub(super) max_completion_tokens: Option<i64>,
+    #[serde(default)]
+    pub(super) logprobs: Option<bool>,
+    #[serde(default)]
+    pub(super) top_logprobs: Option<i64>,
+    #[serde(default)]
+    pub(super) tools: Option<Vec<Value>>,
+    #[serde(default)]
+    pub(super) response_format: Option<Value>,
+    #[serde(default)]
+    pub(super) chat_template_kwargs: Option<serde_json::Map<String, Value>>,
+}
+
+/// Body of `/v1/completions`.
+#[derive(Debug, Deserialize)]
+pub(super) struct CompletionRequest {
+    pub(super) prompt: Prompt,
+    #[serde(flatten)]
+    pub(super) options: Options,
+    #[serde(default)]
+    pub(super) logprobs: Option<i64>,
+    #[serde(default)]
+    pub(super) echo: Option<bool>,
+    #[serde(default)]
+    pub(super) suffix: Option<String>,
+    #[serde(default)]
+    pub(super) best_of: Option<i64>,
+}
+
+/// A prompt as text or as token ids; a list of prompts may have one.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+pub(super) enum Prompt {
+    Text(String),
+    Tokens(Vec<u32>),
+    Texts(Vec<String>),
+    TokenLists(Vec<Vec<u32>>),
+}
+
+/// Body of `/tokenize`: a text, or messages as a chat would send them.
+#[derive(Debug, Deserialize)]
+pub(super) struct TokenizeRequest {
+    #[serde(default)]
+    pub(super) model: Option<String>,
+    #[serde(default)]
+    pub(super) prompt: Option<String>,
+    #[serde(default)]
+    pub(super) messages: Option<Vec<Value>>,
+    #[serde(default)]
+    pub(super) add_special_tokens: Option<bool>,
+    #[serde(default)]
+    pub(super) add_generation_prompt: Option<bool>,
+    #[serde(default)]
+    pub(super) return_token_strs: Option<bool>,
+}
+
+/// Body of `/detokenize`.
+#[derive(Debug, Deserialize)]
+pub(super) struct DetokenizeRequest {
+    #[serde(default)]
+    pub(super) model: Option<String>,
+    pub(super) tokens: Vec<u32>,
+}
+
+/// Reads a body.
+pub(super) fn parse<T: DeserializeOwned>(body: Result<Bytes, BytesRejection>) -> Result<T, ApiError> {
+    let body = body.map_err(|rejection| {
+        let message = format!("the body could not be read: {}", rejection.body_text());
+        ApiError::body(rejection.into_response().status(), message)
+    })?;
+    serde_json::from_slice(&body)
+        .map_err(|error| ApiError::invalid(None, format!("the body is not the JSON object that is needed: {error}")))
+}

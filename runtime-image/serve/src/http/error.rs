@@ -1,0 +1,133 @@
+//! Errors in OpenAI's shape: `{"error": {message, type, param, code}}`.
+
+use axum::Json;
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde_json::{Value, json};
+
+use crate::engine::SubmitError;
+
+/// Seconds after which a refused client may try again.
+const RETRY_AFTER: &str = "1";
+
+/// An error for a client.
+#[derive(Debug)]
+pub(super) struct ApiError {
+    status: StatusCode,
+    kind: &'static str,
+    message: String,
+    param: Option<String>,
+    code: Option<&'static str>,
+}
+
+impl ApiError {
+    fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Self {
+        ApiError {
+            status,
+            kind,
+            message: message.into(),
+            param: None,
+            code: None,
+        }
+    }
+
+    /// The request is wrong; `param` names the field.
+    pub(super) fn invalid(param: impl Into<Option<&'static str>>, message: impl Into<String>) -> Self {
+        let param = param.into().map(str::to_owned);
+        ApiError {
+            param,
+            ..Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", message)
+        }
+    }
+
+    /// More tokens than the model takes.
+    pub(super) fn context_length(param: &'static str, message: String) -> Self {
+        ApiError {
+            code: Some("context_length_exceeded"),
+            ..Self::invalid(param, message)
+        }
+    }
+
+    /// A model that is not served here.
+    pub(super) fn unknown_model(name: &str, served: &[String]) -> Self {
+        let message = format!(
+            "The model `{name}` does not exist; this server has {}.",
+            served.join(", ")
+        );
+        let error = Self::new(StatusCode::NOT_FOUND, "invalid_request_error", message);
+        ApiError {
+            param: Some("model".to_owned()),
+            code: Some("model_not_found"),
+            ..error
+        }
+    }
+
+    /// No such path.
+    pub(super) fn not_found(message: String) -> Self {
+        ApiError {
+            code: Some("not_found"),
+            ..Self::new(StatusCode::NOT_FOUND, "invalid_request_error", message)
+        }
+    }
+
+    /// The path exists, the method does not.
+    pub(super) fn method_not_allowed(message: String) -> Self {
+        Self::new(StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error", message)
+    }
+
+    /// The body is larger than the server reads, or broke off.
+    pub(super) fn body(status: StatusCode, message: String) -> Self {
+        Self::new(status, "invalid_request_error", message)
+    }
+
+    /// Loading or draining.
+    pub(super) fn unavailable(message: &str) -> Self {
+        ApiError {
+            code: Some("service_unavailable"),
+            ..Self::new(StatusCode::SERVICE_UNAVAILABLE, "service_unavailable_error", message)
+        }
+    }
+
+    /// Our own fault.
+    pub(super) fn internal(message: impl Into<String>) -> Self {
+        ApiError {
+            code: Some("internal_error"),
+            ..Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", message)
+        }
+    }
+
+    /// The body of the response, also sent inside a stream that breaks.
+    pub(super) fn json(&self) -> Value {
+        json!({ "error": { "message": self.message, "type": self.kind, "param": self.param, "code": self.code } })
+    }
+}
+
+impl From<SubmitError> for ApiError {
+    fn from(error: SubmitError) -> Self {
+        match error {
+            SubmitError::Busy(_) => {
+                let full = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", error.to_string());
+                ApiError {
+                    code: Some("rate_limit_exceeded"),
+                    ..full
+                }
+            }
+            SubmitError::Stopped => Self::internal(error.to_string()),
+        }
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let mut response = (self.status, Json(self.json())).into_response();
+        if matches!(
+            self.status,
+            StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE
+        ) {
+            response
+                .headers_mut()
+                .insert(header::RETRY_AFTER, HeaderValue::from_static(RETRY_AFTER));
+        }
+        response
+    }
+}

@@ -1,0 +1,123 @@
+//! Models, tokens, probes and metrics.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::body::Bytes;
+use axum::extract::rejection::BytesRejection;
+use axum::extract::{Path, State as Extract};
+use axum::http::{Method, Uri, header};
+use axum::response::{IntoResponse, Response};
+use serde_json::{Value, json};
+
+use super::api::{DetokenizeRequest, TokenizeRequest, parse};
+use super::error::ApiError;
+use super::{Served, State, prepare};
+
+fn card(served: &Served, name: &str) -> Value {
+    json!({
+        "id": name, "object": "model", "created": served.created, "owned_by": "strata",
+        "root": served.names[0], "parent": null, "max_model_len": served.max_model_len,
+    })
+}
+
+/// `GET /v1/models`
+pub(super) async fn models(Extract(state): Extract<Arc<State>>) -> Result<Json<Value>, ApiError> {
+    let served = state.model()?;
+    let cards: Vec<Value> = served.names.iter().map(|name| card(served, name)).collect();
+    Ok(Json(json!({ "object": "list", "data": cards })))
+}
+
+/// `GET /v1/models/{id}`
+pub(super) async fn model(
+    Extract(state): Extract<Arc<State>>,
+    Path(id): Path<String>,
+) -> Result<Json<Value>, ApiError> {
+    let served = state.model()?;
+    prepare::model(served, Some(&id))?;
+    Ok(Json(card(served, &id)))
+}
+
+/// `POST /tokenize`
+pub(super) async fn tokenize(
+    Extract(state): Extract<Arc<State>>,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Json<Value>, ApiError> {
+    let served = state.model()?;
+    let request: TokenizeRequest = parse(body)?;
+    prepare::model(served, request.model.as_deref())?;
+    let tokens = match (request.prompt, request.messages) {
+        (Some(prompt), None) => served
+            .vocabulary
+            .encode(&prompt, request.add_special_tokens.unwrap_or(true))
+            .map_err(|error| ApiError::invalid("prompt", error.to_string()))?,
+        (None, Some(messages)) => prepare::chat_tokens(
+            served,
+            messages,
+            request.add_generation_prompt.unwrap_or(true),
+            &serde_json::Map::new(),
+        )?,
+        _ => {
+            return Err(ApiError::invalid(
+                "prompt",
+                "exactly one of prompt and messages is needed",
+            ));
+        }
+    };
+    let texts = (request.return_token_strs == Some(true)).then(|| {
+        tokens
+            .iter()
+            .map(|id| served.vocabulary.token_text(*id))
+            .collect::<Vec<_>>()
+    });
+    Ok(Json(
+        json!({ "count": tokens.len(), "max_model_len": served.max_model_len, "tokens": tokens, "token_strs": texts }),
+    ))
+}
+
+/// `POST /detokenize`
+pub(super) async fn detokenize(
+    Extract(state): Extract<Arc<State>>,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Json<Value>, ApiError> {
+    let served = state.model()?;
+    let request: DetokenizeRequest = parse(body)?;
+    prepare::model(served, request.model.as_deref())?;
+    let text = served
+        .vocabulary
+        .decode(&request.tokens, false)
+        .map_err(|error| ApiError::invalid("tokens", error.to_string()))?;
+    Ok(Json(json!({ "prompt": text })))
+}
+
+/// `GET /health`: the process works; also while it drains.
+pub(super) async fn health(Extract(state): Extract<Arc<State>>) -> Result<(), ApiError> {
+    state.model().map(|_| ())
+}
+
+/// `GET /ready`: new requests are taken.
+pub(super) async fn ready(Extract(state): Extract<Arc<State>>) -> Result<(), ApiError> {
+    state.accepting().map(|_| ())
+}
+
+/// `GET /metrics`
+pub(super) async fn metrics(Extract(state): Extract<Arc<State>>) -> Result<Response, ApiError> {
+    let text = state
+        .model()?
+        .metrics
+        .text()
+        .map_err(|error| ApiError::internal(error.to_string()))?;
+    Ok((
+        [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")],
+        text,
+    )
+        .into_response())
+}
+
+pub(super) async fn not_found(method: Method, uri: Uri) -> ApiError {
+    ApiError::not_found(format!("Unknown request URL: {method} {}", uri.path()))
+}
+
+pub(super) async fn method_not_allowed(method: Method, uri: Uri) -> ApiError {
+    ApiError::method_not_allowed(format!("{method} is not possible on {}", uri.path()))
+}

@@ -1,0 +1,257 @@
+//! From a request's fields to what the engine takes, every field checked.
+
+use std::collections::hash_map::RandomState;
+use std::hash::{BuildHasher, Hasher};
+
+use serde_json::{Map, Value, json};
+
+use super::Served;
+use super::api::{OneOrMany, Options};
+use super::error::ApiError;
+use crate::engine::{Sampling, Submission};
+
+/// The most stop strings, and the longest, in bytes.
+const MAX_STOPS: usize = 16;
+const MAX_STOP_BYTES: usize = 1024;
+/// The most alternatives with log-probabilities.
+const MAX_TOP_LOGPROBS: i64 = 20;
+/// Roles that a chat template may write unquoted.
+const ROLES: [&str; 6] = ["system", "developer", "user", "assistant", "tool", "function"];
+
+/// What both kinds of completion need besides the prompt.
+pub(super) struct Prepared {
+    pub(super) submission: Submission,
+    pub(super) stream: bool,
+    pub(super) include_usage: bool,
+}
+
+/// Checks that the request is for a model that is served.
+pub(super) fn model(served: &Served, name: Option<&str>) -> Result<(), ApiError> {
+    match name {
+        Some(name) if !served.names.iter().any(|known| known == name) => {
+            Err(ApiError::unknown_model(name, &served.names))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Checks all options. `max_tokens` is what the request's own field for it says; `default_max` holds without it.
+pub(super) fn prepare(
+    served: &Served,
+    options: Options,
+    prompt: Vec<u32>,
+    prompt_field: &'static str,
+    max_tokens: Option<i64>,
+    default_max: usize,
+    log_probs: Option<i64>,
+) -> Result<Prepared, ApiError> {
+    model(served, options.model.as_deref())?;
+    if options.n.is_some_and(|n| n != 1) {
+        return Err(ApiError::invalid(
+            "n",
+            "this server makes one choice a request: leave n out or set it to 1",
+        ));
+    }
+    if options.logit_bias.as_ref().is_some_and(|bias| !bias.is_empty()) {
+        return Err(ApiError::invalid(
+            "logit_bias",
+            "logit_bias is not supported by this server: leave it out",
+        ));
+    }
+    if prompt.is_empty() {
+        return Err(ApiError::invalid(prompt_field, "the prompt has no tokens"));
+    }
+    if let Some(id) = prompt.iter().find(|id| **id as usize >= served.config.vocab_size) {
+        return Err(ApiError::invalid(
+            prompt_field,
+            format!(
+                "token id {id} is outside of the vocabulary of {}",
+                served.config.vocab_size
+            ),
+        ));
+    }
+    let max_tokens =
+        match max_tokens {
+            None => None,
+            Some(max) => Some(usize::try_from(max).ok().filter(|max| *max > 0).ok_or_else(|| {
+                ApiError::invalid("max_tokens", format!("max_tokens is {max}; it must be at least 1"))
+            })?),
+        };
+    let (length, most) = (prompt.len(), served.max_model_len);
+    let asked = max_tokens.unwrap_or(1);
+    if length.saturating_add(asked) > most {
+        let message = format!(
+            "This model's maximum context length is {most} tokens. However, you requested {} tokens ({length} in the {prompt_field}, {asked} in the \
+             completion). Please reduce the length of the {prompt_field} or completion.",
+            length.saturating_add(asked)
+        );
+        return Err(ApiError::context_length(prompt_field, message));
+    }
+    let log_probs = match log_probs {
+        None => None,
+        Some(count) if (0..=MAX_TOP_LOGPROBS).contains(&count) => Some(count as usize),
+        Some(count) => {
+            return Err(ApiError::invalid(
+                "top_logprobs",
+                format!("{count} alternatives were asked for; 0 to {MAX_TOP_LOGPROBS} are possible"),
+            ));
+        }
+    };
+    let defaults = &served.generation;
+    let range =
+        |name: &'static str, value: Option<f64>, default: f64, from: f64, to: f64| match value.unwrap_or(default) {
+            value if value >= from && value <= to => Ok(value as f32),
+            value => Err(ApiError::invalid(
+                name,
+                format!("{name} is {value}; it must lie between {from} and {to}"),
+            )),
+        };
+    let sampling = Sampling {
+        temperature: range(
+            "temperature",
+            options.temperature,
+            f64::from(defaults.temperature.unwrap_or(1.0)),
+            0.0,
+            2.0,
+        )?,
+        top_p: range(
+            "top_p",
+            options.top_p,
+            f64::from(defaults.top_p.unwrap_or(1.0)),
+            0.0,
+            1.0,
+        )?,
+        top_k: match options.top_k {
+            None => defaults.top_k.unwrap_or(0),
+            Some(k) if k >= -1 => usize::try_from(k).unwrap_or(0), // -1 is vLLM's word for all
+            Some(k) => {
+                return Err(ApiError::invalid(
+                    "top_k",
+                    format!("top_k is {k}; it must be -1, 0 (both: all) or more"),
+                ));
+            }
+        },
+        seed: options.seed.map_or_else(random, |seed| seed as u64),
+        frequency_penalty: range("frequency_penalty", options.frequency_penalty, 0.0, -2.0, 2.0)?,
+        presence_penalty: range("presence_penalty", options.presence_penalty, 0.0, -2.0, 2.0)?,
+    };
+    let stop_tokens = if options.ignore_eos == Some(true) {
+        Vec::new()
+    } else {
+        served.generation.eos.clone()
+    };
+    Ok(Prepared {
+        submission: Submission {
+            max_tokens: max_tokens.unwrap_or(default_max).min(most - length),
+            prompt,
+            sampling,
+            stop: stops(options.stop)?,
+            stop_tokens,
+            log_probs,
+        },
+        stream: options.stream == Some(true),
+        include_usage: options.stream_options.and_then(|options| options.include_usage) == Some(true),
+    })
+}
+
+fn stops(stop: Option<OneOrMany>) -> Result<Vec<String>, ApiError> {
+    let stops = match stop {
+        None => Vec::new(),
+        Some(OneOrMany::One(one)) => vec![one],
+        Some(OneOrMany::Many(many)) => many,
+    };
+    if stops.len() > MAX_STOPS || stops.iter().any(|stop| stop.is_empty() || stop.len() > MAX_STOP_BYTES) {
+        let message = format!("stop takes up to {MAX_STOPS} texts of 1 to {MAX_STOP_BYTES} bytes");
+        return Err(ApiError::invalid("stop", message));
+    }
+    Ok(stops)
+}
+
+/// The tokens of a chat.
+pub(super) fn chat_tokens(
+    served: &Served,
+    messages: Vec<Value>,
+    add_generation_prompt: bool,
+    arguments: &Map<String, Value>,
+) -> Result<Vec<u32>, ApiError> {
+    let template = served.chat_template.as_ref().ok_or_else(|| {
+        ApiError::invalid(
+            "messages",
+            "this model has no chat template (it is a base model): use /v1/completions",
+        )
+    })?;
+    if messages.is_empty() {
+        return Err(ApiError::invalid("messages", "messages is empty"));
+    }
+    // What the server itself passes to the template, a client may not replace.
+    for name in ["messages", "tools", "add_generation_prompt", "bos_token", "eos_token"] {
+        if arguments.contains_key(name) {
+            return Err(ApiError::invalid(
+                "chat_template_kwargs",
+                format!("{name} cannot be set through chat_template_kwargs"),
+            ));
+        }
+    }
+    let messages = messages
+        .into_iter()
+        .enumerate()
+        .map(|(i, message)| self::message(i, message))
+        .collect::<Result<Vec<_>, _>>()?;
+    let rendered = template
+        .render(&served.vocabulary, &messages, None, add_generation_prompt, arguments)
+        .map_err(|error| ApiError::invalid("messages", error.to_string()))?;
+    served
+        .vocabulary
+        .encode_rendered(&rendered)
+        .map_err(|error| ApiError::internal(error.to_string()))
+}
+
+/// A message as templates expect it: a known role, and its content as one text.
+fn message(i: usize, mut message: Value) -> Result<Value, ApiError> {
+    let wrong = |what: String| ApiError::invalid("messages", format!("messages[{i}]{what}"));
+    let object = message
+        .as_object_mut()
+        .ok_or_else(|| wrong(" is not an object".to_owned()))?;
+    let role = object
+        .get("role")
+        .and_then(Value::as_str)
+        .ok_or_else(|| wrong(".role is missing".to_owned()))?;
+    if !ROLES.contains(&role) {
+        return Err(wrong(format!(".role is {role:?}; known are {}", ROLES.join(", "))));
+    }
+    if role == "developer" {
+        // OpenAI's newer word for the same thing, which templates do not know.
+        object.insert("role".to_owned(), json!("system"));
+    }
+    let content = match object.get("content") {
+        None | Some(Value::Null) => String::new(),
+        Some(Value::String(text)) => text.clone(),
+        Some(Value::Array(parts)) => {
+            let text = |part: &Value| match part["type"].as_str() {
+                Some("text" | "input_text") => part["text"].as_str().map(str::to_owned),
+                _ => None,
+            };
+            let texts = parts.iter().map(|part| {
+                text(part).ok_or_else(|| {
+                    wrong(format!(
+                        ".content has a part of type {}; only text is possible",
+                        part["type"]
+                    ))
+                })
+            });
+            texts.collect::<Result<Vec<_>, _>>()?.join("\n")
+        }
+        Some(other) => {
+            return Err(wrong(format!(
+                ".content is {other}; a text or a list of text parts is needed"
+            )));
+        }
+    };
+    object.insert("content".to_owned(), json!(content));
+    Ok(message)
+}
+
+/// A number that nobody can guess from the outside: std's hash keys are random.
+pub(super) fn random() -> u64 {
+    RandomState::new().build_hasher().finish()
+}

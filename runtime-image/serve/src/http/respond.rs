@@ -1,0 +1,264 @@
+//! From the engine's events to responses: one object, or a stream of server-sent events that always ends with `[DONE]`.
+
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Json;
+use axum::response::sse::{self, KeepAlive, Sse};
+use axum::response::{IntoResponse, Response};
+use futures::stream;
+use serde_json::{Map, Value, json};
+use strata_model::Vocabulary;
+use tokio::sync::mpsc;
+
+use super::error::ApiError;
+use super::prepare::{Prepared, random};
+use super::{Served, unix_seconds};
+use crate::engine::{Event, FinishReason, TokenProb, Usage};
+
+/// How often a silent stream sends a comment, so that proxies keep it open.
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
+
+/// Which of the two APIs answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Shape {
+    Chat,
+    Completion,
+}
+
+/// What every object of one response repeats.
+struct Frame {
+    shape: Shape,
+    id: String,
+    created: u64,
+    model: String,
+    vocabulary: Arc<Vocabulary>,
+    /// Bytes of text given out so far: completions count offsets.
+    offset: usize,
+}
+
+type LogProbs = (TokenProb, Vec<TokenProb>);
+
+/// Submits the request and answers.
+pub(super) async fn respond(served: &Served, prepared: Prepared, shape: Shape) -> Result<Response, ApiError> {
+    let frame = Frame {
+        shape,
+        id: format!(
+            "{}-{:016x}{:016x}",
+            if shape == Shape::Chat { "chatcmpl" } else { "cmpl" },
+            random(),
+            random()
+        ),
+        created: unix_seconds(),
+        model: served.names[0].clone(),
+        vocabulary: served.vocabulary.clone(),
+        offset: 0,
+    };
+    let Prepared {
+        submission,
+        stream,
+        include_usage,
+    } = prepared;
+    let events = served.engine.submit(submission)?;
+    if stream {
+        Ok(streamed(frame, events, include_usage))
+    } else {
+        whole(frame, events).await
+    }
+}
+
+async fn whole(mut frame: Frame, mut events: mpsc::Receiver<Event>) -> Result<Response, ApiError> {
+    let (mut text, mut probs) = (String::new(), Vec::new());
+    while let Some(event) = events.recv().await {
+        match event {
+            Event::Token { text: piece, log_probs } => {
+                text += &piece;
+                probs.extend(log_probs);
+            }
+            Event::Finished {
+                text: rest,
+                reason,
+                usage,
+            } => {
+                text += &rest;
+                let log_probs = frame.log_probs(&probs);
+                let choice = match frame.shape {
+                    Shape::Chat => json!({
+                        "index": 0, "message": { "role": "assistant", "content": text, "refusal": null },
+                        "logprobs": log_probs, "finish_reason": reason.name(),
+                    }),
+                    Shape::Completion => {
+                        json!({ "index": 0, "text": text, "logprobs": log_probs, "finish_reason": reason.name() })
+                    }
+                };
+                let mut body = frame.object(false, vec![choice]);
+                body["usage"] = self::usage(&usage);
+                return Ok(Json(body).into_response());
+            }
+        }
+    }
+    Err(ApiError::internal("the engine ended before the answer did"))
+}
+
+struct Streaming {
+    frame: Frame,
+    events: mpsc::Receiver<Event>,
+    include_usage: bool,
+    pending: VecDeque<String>,
+    done: bool,
+}
+
+fn streamed(frame: Frame, events: mpsc::Receiver<Event>, include_usage: bool) -> Response {
+    let mut streaming = Streaming {
+        frame,
+        events,
+        include_usage,
+        pending: VecDeque::new(),
+        done: false,
+    };
+    if streaming.frame.shape == Shape::Chat {
+        // The role comes first and alone, as with OpenAI, so that clients open the message.
+        let delta = json!({ "role": "assistant", "content": "" });
+        streaming.send(vec![
+            json!({ "index": 0, "delta": delta, "logprobs": null, "finish_reason": null }),
+        ]);
+    }
+    let stream = stream::unfold(streaming, |mut streaming| async move {
+        while streaming.pending.is_empty() && !streaming.done {
+            let event = streaming.events.recv().await;
+            streaming.take(event);
+        }
+        let data = streaming.pending.pop_front()?;
+        Some((Ok::<_, Infallible>(sse::Event::default().data(data)), streaming))
+    });
+    Sse::new(stream)
+        .keep_alive(KeepAlive::new().interval(KEEP_ALIVE))
+        .into_response()
+}
+
+impl Streaming {
+    fn take(&mut self, event: Option<Event>) {
+        match event {
+            Some(Event::Token { text, log_probs }) => {
+                if !text.is_empty() || log_probs.is_some() {
+                    self.piece(&text, log_probs.as_slice(), None);
+                }
+            }
+            Some(Event::Finished { text, reason, usage }) => {
+                if !text.is_empty() {
+                    self.piece(&text, &[], None);
+                }
+                self.piece("", &[], Some(reason));
+                if self.include_usage {
+                    let mut body = self.frame.object(true, Vec::new());
+                    body["usage"] = self::usage(&usage);
+                    self.pending.push_back(body.to_string());
+                }
+                self.end();
+            }
+            None => {
+                self.pending.push_back(
+                    ApiError::internal("the engine ended before the answer did")
+                        .json()
+                        .to_string(),
+                );
+                self.end();
+            }
+        }
+    }
+
+    fn piece(&mut self, text: &str, log_probs: &[LogProbs], reason: Option<FinishReason>) {
+        let log_probs = self.frame.log_probs(log_probs);
+        let reason = reason.map(FinishReason::name);
+        self.frame.offset += text.len();
+        self.send(vec![match self.frame.shape {
+            Shape::Chat => {
+                let delta = if reason.is_some() {
+                    json!({})
+                } else {
+                    json!({ "content": text })
+                };
+                json!({ "index": 0, "delta": delta, "logprobs": log_probs, "finish_reason": reason })
+            }
+            Shape::Completion => json!({ "index": 0, "text": text, "logprobs": log_probs, "finish_reason": reason }),
+        }]);
+    }
+
+    fn send(&mut self, choices: Vec<Value>) {
+        let mut body = self.frame.object(true, choices);
+        if self.include_usage {
+            body["usage"] = Value::Null; // present in every chunk, and filled in the last one
+        }
+        self.pending.push_back(body.to_string());
+    }
+
+    fn end(&mut self) {
+        self.pending.push_back("[DONE]".to_owned());
+        self.done = true;
+    }
+}
+
+impl Frame {
+    fn object(&self, chunk: bool, choices: Vec<Value>) -> Value {
+        let object = match (self.shape, chunk) {
+            (Shape::Chat, false) => "chat.completion",
+            (Shape::Chat, true) => "chat.completion.chunk",
+            (Shape::Completion, _) => "text_completion",
+        };
+        json!({ "id": self.id, "object": object, "created": self.created, "model": self.model, "choices": choices })
+    }
+
+    fn log_probs(&mut self, probs: &[LogProbs]) -> Value {
+        if probs.is_empty() {
+            return Value::Null;
+        }
+        let text = |prob: &TokenProb| self.vocabulary.token_text(prob.token);
+        match self.shape {
+            Shape::Chat => {
+                let entry = |prob: &TokenProb| {
+                    let text = text(prob);
+                    json!({ "token": text, "logprob": prob.log_prob, "bytes": text.as_bytes() })
+                };
+                let content = probs.iter().map(|(chosen, top)| {
+                    let mut all = entry(chosen);
+                    all["top_logprobs"] = top.iter().map(entry).collect();
+                    all
+                });
+                json!({ "content": content.collect::<Vec<_>>(), "refusal": null })
+            }
+            Shape::Completion => {
+                let mut offset = self.offset;
+                let offsets: Vec<usize> = probs
+                    .iter()
+                    .map(|(chosen, _)| {
+                        let at = offset;
+                        offset += text(chosen).len();
+                        at
+                    })
+                    .collect();
+                let top = |top: &[TokenProb]| {
+                    top.iter()
+                        .map(|prob| (text(prob), json!(prob.log_prob)))
+                        .collect::<Map<_, _>>()
+                };
+                json!({
+                    "tokens": probs.iter().map(|(chosen, _)| text(chosen)).collect::<Vec<_>>(),
+                    "token_logprobs": probs.iter().map(|(chosen, _)| chosen.log_prob).collect::<Vec<_>>(),
+                    "top_logprobs": probs.iter().map(|(_, all)| top(all)).collect::<Vec<_>>(),
+                    "text_offset": offsets,
+                })
+            }
+        }
+    }
+}
+
+fn usage(usage: &Usage) -> Value {
+    json!({
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": { "cached_tokens": usage.cached_tokens },
+    })
+}

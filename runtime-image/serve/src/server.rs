@@ -1,0 +1,309 @@
+//! The server's life: listen, load, serve, drain.
+//!
+//! ```text
+//! listening (503) ──loaded──▶ ready (200) ──SIGTERM──▶ draining (503, running requests finish) ──▶ exit 0
+//! ```
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use strata_kernels::cgroup::memory_limit_bytes;
+use strata_model::{LoadedModel, ModelConfig};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{oneshot, watch};
+
+use crate::args::ServeArgs;
+use crate::engine::Engine;
+use crate::engine::executor::{Executor, Precision, block_bytes};
+use crate::error::ServeError;
+use crate::http::{self, Served, State};
+use crate::metrics::Metrics;
+use crate::schedule::Limits;
+
+/// How long connections get to close after the last request ended.
+const CLOSE: Duration = Duration::from_secs(3);
+/// How often a drain looks whether requests are left.
+const DRAIN_POLL: Duration = Duration::from_millis(20);
+
+/// A server that listens; the model loads in the background.
+pub struct Server {
+    address: SocketAddr,
+    state: Arc<State>,
+    stop: watch::Sender<bool>,
+    serving: tokio::task::JoinHandle<std::io::Result<()>>,
+    loading: tokio::task::JoinHandle<Result<oneshot::Receiver<()>, ServeError>>,
+    timeout: Duration,
+}
+
+/// Serves until SIGTERM or SIGINT, then drains.
+pub async fn run(args: ServeArgs) -> Result<(), ServeError> {
+    let system = |source| ServeError::System {
+        what: "cannot wait for signals",
+        source,
+    };
+    let mut terminate = signal(SignalKind::terminate()).map_err(system)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(system)?;
+    let server = Server::start(args).await?;
+    server
+        .run_until(async move {
+            tokio::select! {
+                _ = terminate.recv() => (),
+                _ = interrupt.recv() => (),
+            }
+        })
+        .await
+}
+
+impl Server {
+    /// Listens and begins to load the model.
+    pub async fn start(args: ServeArgs) -> Result<Self, ServeError> {
+        let address = format!("{}:{}", args.host, args.port);
+        let listen = |source| ServeError::Listen {
+            address: address.clone(),
+            source,
+        };
+        let listener = TcpListener::bind(&address).await.map_err(listen)?;
+        let address = listener.local_addr().map_err(listen)?;
+        tracing::info!(%address, "listening");
+        let state = Arc::new(State::default());
+        let (stop, mut stopped) = watch::channel(false);
+        let router = http::router(state.clone());
+        let serving = tokio::spawn(async move {
+            axum::serve(listener, router)
+                .with_graceful_shutdown(async move {
+                    // An error means that the server itself is gone.
+                    let _ = stopped.wait_for(|stop| *stop).await;
+                })
+                .await
+        });
+        let timeout = Duration::from_secs(args.shutdown_timeout);
+        let loading = tokio::task::spawn_blocking({
+            let state = state.clone();
+            move || {
+                let (served, ended) = load(&args)?;
+                state.loaded(served);
+                Ok(ended)
+            }
+        });
+        Ok(Server {
+            address,
+            state,
+            stop,
+            serving,
+            loading,
+            timeout,
+        })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Serves until `shutdown` resolves, then lets running requests finish within the shutdown timeout.
+    pub async fn run_until(mut self, shutdown: impl Future<Output = ()>) -> Result<(), ServeError> {
+        tokio::pin!(shutdown);
+        let died = |_| ServeError::EngineDied;
+        let mut ended = tokio::select! {
+            loaded = &mut self.loading => loaded.map_err(died)??,
+            () = &mut shutdown => return self.drain().await,
+        };
+        tokio::select! {
+            () = &mut shutdown => self.drain().await,
+            _ = &mut ended => Err(ServeError::EngineDied),
+        }
+    }
+
+    async fn drain(self) -> Result<(), ServeError> {
+        self.state.drain();
+        let in_flight = || self.state.served().map_or(0, |served| served.engine.in_flight());
+        tracing::info!(
+            in_flight = in_flight(),
+            timeout_seconds = self.timeout.as_secs(),
+            "draining"
+        );
+        let deadline = Instant::now() + self.timeout;
+        while in_flight() > 0 && Instant::now() < deadline {
+            tokio::time::sleep(DRAIN_POLL).await;
+        }
+        if let Some(served) = self.state.served().filter(|served| served.engine.in_flight() > 0) {
+            tracing::warn!(
+                in_flight = served.engine.in_flight(),
+                "the shutdown timeout is over: ending the rest"
+            );
+            served.engine.abort_all();
+        }
+        self.stop.send_replace(true);
+        // Responses that are being written get out; a client that does not read them cannot hold the process.
+        let _ = tokio::time::timeout(CLOSE, self.serving).await;
+        tracing::info!("stopped");
+        Ok(())
+    }
+}
+
+fn load(args: &ServeArgs) -> Result<(Served, oneshot::Receiver<()>), ServeError> {
+    let begin = Instant::now();
+    let model = LoadedModel::open(&args.model)?;
+    let limits = limits(args, &model.config, memory_limit_bytes())?;
+    let max_model_len = max_model_len(args, &model.config, &limits)?;
+    let executor = Executor::new(
+        &model.config,
+        &*model.weights,
+        Precision::Stored,
+        args.kv_cache_dtype.kernel(),
+        limits.block_tokens,
+        limits.blocks,
+        max_model_len,
+    )?;
+    let mut names = args.served_model_name.clone();
+    if names.is_empty() {
+        names.push(default_name(&args.model));
+    }
+    let metrics = Arc::new(Metrics::new(&names[0], &limits, args.kv_cache_dtype.name())?);
+    tracing::info!(
+        model = names[0],
+        parameters = model.config.parameters(),
+        weight_bytes = executor.weight_bytes(),
+        max_model_len,
+        blocks = limits.blocks,
+        isa = strata_kernels::cpu::isa().name(),
+        threads = strata_kernels::pool::global().threads(),
+        seconds = begin.elapsed().as_secs_f64(),
+        "model loaded"
+    );
+    let (engine, ended) =
+        Engine::start(executor, model.vocabulary.clone(), limits, metrics.clone()).map_err(|source| {
+            ServeError::System {
+                what: "cannot start the engine's thread",
+                source,
+            }
+        })?;
+    let LoadedModel {
+        config,
+        vocabulary,
+        chat_template,
+        generation,
+        ..
+    } = model;
+    Ok((
+        Served::new(
+            names,
+            max_model_len,
+            config,
+            vocabulary,
+            chat_template,
+            generation,
+            engine,
+            metrics,
+        ),
+        ended,
+    ))
+}
+
+/// The name of the file or folder without what says only that it is a model.
+fn default_name(path: &Path) -> String {
+    let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    path.file_name().map_or_else(
+        || "model".to_owned(),
+        |name| name.to_string_lossy().trim_end_matches(".gguf").to_owned(),
+    )
+}
+
+/// How many blocks the cache has. `memory` is what the container may use.
+fn limits(args: &ServeArgs, config: &ModelConfig, memory: Option<u64>) -> Result<Limits, ServeError> {
+    let block_tokens = args.block_size as usize;
+    let block = block_bytes(config, block_tokens, args.kv_cache_dtype.kernel());
+    let per_sequence = args
+        .max_model_len
+        .unwrap_or(config.max_positions)
+        .div_ceil(block_tokens);
+    let bytes = match args.kv_cache_memory_bytes {
+        Some(bytes) => bytes,
+        None => {
+            let all = (per_sequence * args.max_num_seqs as usize) as u64 * block as u64;
+            memory.map_or(all, |memory| all.min(memory / 4))
+        }
+    };
+    let blocks = usize::try_from(bytes / block as u64)
+        .unwrap_or(usize::MAX)
+        .min(u32::MAX as usize);
+    if blocks == 0 {
+        return Err(ServeError::Arguments(format!(
+            "--kv-cache-memory-bytes {bytes} holds no block of {block} bytes; give it at least that"
+        )));
+    }
+    Ok(Limits {
+        max_sequences: args.max_num_seqs as usize,
+        max_batched_tokens: args.max_num_batched_tokens as usize,
+        max_waiting: args.max_num_waiting as usize,
+        block_tokens,
+        blocks,
+        prefix_caching: args.enable_prefix_caching,
+    })
+}
+
+fn max_model_len(args: &ServeArgs, config: &ModelConfig, limits: &Limits) -> Result<usize, ServeError> {
+    let holds = limits.blocks * limits.block_tokens;
+    match args.max_model_len {
+        None => Ok(config.max_positions.min(holds)),
+        Some(len) if len == 0 || len > config.max_positions => Err(ServeError::Arguments(format!(
+            "--max-model-len {len} is not possible: the model has {} positions",
+            config.max_positions
+        ))),
+        Some(len) if len > holds => Err(ServeError::Arguments(format!(
+            "the cache holds {holds} tokens, less than --max-model-len {len}; raise --kv-cache-memory-bytes or lower --max-model-len"
+        ))),
+        Some(len) => Ok(len),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+    use strata_model::synthetic::tiny_config;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        serve: ServeArgs,
+    }
+
+    fn args(more: &str) -> ServeArgs {
+        Cli::parse_from(format!("serve --model m {more}").split_whitespace()).serve
+    }
+
+    #[test]
+    fn the_cache_is_sized_from_the_arguments_or_the_memory() {
+        // tiny: 2 layers × 2 × 2 heads × 16 × 2 bytes = 256 bytes a token, 4096 a block; 256 positions.
+        let config = tiny_config();
+        for (more, memory, blocks, len) in [
+            ("", None, 32 * 16, Ok(256)),
+            ("--max-num-seqs 2", None, 32, Ok(256)),
+            ("", Some(4096 * 40), 10, Ok(160)),
+            ("--kv-cache-memory-bytes 20480", Some(1), 5, Ok(80)),
+            ("--kv-cache-memory-bytes 20480 --max-model-len 80", None, 5, Ok(80)),
+            (
+                "--kv-cache-memory-bytes 20480 --max-model-len 81",
+                None,
+                5,
+                Err("raise --kv-cache-memory-bytes"),
+            ),
+            ("--max-model-len 257", None, 32 * 17, Err("the model has 256 positions")),
+            ("--kv-cache-dtype f32 --max-num-seqs 1", None, 16, Ok(256)),
+        ] {
+            let args = args(more);
+            let limits = limits(&args, &config, memory).unwrap();
+            assert_eq!(limits.blocks, blocks, "{more}");
+            match (max_model_len(&args, &config, &limits), len) {
+                (Ok(got), Ok(expected)) => assert_eq!(got, expected, "{more}"),
+                (Err(error), Err(part)) => assert!(error.to_string().contains(part), "{more}: {error}"),
+                (got, _) => panic!("{more}: {got:?}"),
+            }
+        }
+        assert!(limits(&args("--kv-cache-memory-bytes 100"), &config, None).is_err());
+    }
+}

@@ -1,0 +1,65 @@
+//! The real model answers, and its 8-bit form says what its float form says.
+
+mod common;
+
+use serde_json::{Map, json};
+use strata_kernels::infer::KvDtype;
+use strata_model::LoadedModel;
+use strata_serve::{Precision, Scorer};
+
+const POSITIONS: usize = 256;
+
+fn greedy(model: &LoadedModel, scorer: &mut Scorer, question: &str, most: usize) -> String {
+    let template = model.chat_template.as_ref().unwrap();
+    let messages = [json!({"role": "user", "content": question})];
+    let rendered = template
+        .render(&model.vocabulary, &messages, None, true, &Map::new())
+        .unwrap();
+    let mut tokens = model.vocabulary.encode_rendered(&rendered).unwrap();
+    let start = tokens.len();
+    for _ in 0..most {
+        let mut best = (0, f32::NEG_INFINITY);
+        let last = tokens.len() - 1;
+        let visit = |_: usize, logits: &[f32]| {
+            best = logits.iter().enumerate().fold(
+                (0, f32::NEG_INFINITY),
+                |best, (i, x)| if *x > best.1 { (i, *x) } else { best },
+            );
+        };
+        scorer.visit_logits(&tokens, last, visit).unwrap();
+        if model.generation.eos.contains(&(best.0 as u32)) {
+            break;
+        }
+        tokens.push(best.0 as u32);
+    }
+    model.vocabulary.decode(&tokens[start..], true).unwrap()
+}
+
+#[test]
+fn the_model_answers_sensibly_and_quantization_costs_little() {
+    let model = LoadedModel::open(&common::smollm()).unwrap();
+    let mut stored = Scorer::new(&model, Precision::Stored, KvDtype::F16, POSITIONS).unwrap();
+    let answer = greedy(&model, &mut stored, "What is the capital of France?", 12);
+    assert!(answer.contains("Paris"), "{answer:?}");
+
+    let mut float = Scorer::new(&model, Precision::Float, KvDtype::F32, POSITIONS).unwrap();
+    let text = "The sun rose over the hills, and the old farmer walked slowly to the barn, where his horses waited for the morning feed. \
+                In 1969, two astronauts landed on the Moon; millions of people watched it on television.";
+    let tokens = model.vocabulary.encode(text, false).unwrap();
+    let (a, b) = (
+        float.token_log_probs(&tokens, 1).unwrap(),
+        stored.token_log_probs(&tokens, 1).unwrap(),
+    );
+    assert_eq!(a.len(), tokens.len() - 1);
+    let mean = |values: &[f32]| values.iter().sum::<f32>() / values.len() as f32;
+    assert!(
+        (-4.0..-2.0).contains(&mean(&a)),
+        "{} nats a token is not how this model reads English",
+        mean(&a)
+    );
+    let apart = a.iter().zip(&b).map(|(a, b)| (a - b).abs()).sum::<f32>() / a.len() as f32;
+    assert!(
+        apart < 0.05,
+        "8 bits move a token's log-probability by {apart} on average"
+    );
+}
