@@ -1,1 +1,19 @@
 //! The operator: one loop, four pure kinds.
+//!
+//! ```text
+//! CR → gather → check → plan → apply → report → status
+//! ```
+//!
+//! [`engine`] is the only code that talks to the API server. A kind's folder ([`dataset`], [`pretrain`],
+//! [`alignment`], [`inference`]) and what all runs share ([`run`]) are pure functions; [`workload`] builds objects.
+
+pub mod alignment;
+pub mod dataset;
+pub mod engine;
+pub mod inference;
+pub mod leader;
+pub mod metrics;
+pub mod pretrain;
+pub mod run;
+pub mod server;
+pub mod workload;

@@ -81,6 +81,7 @@ reasons! {
     ReferenceNotFound Unknown "A referenced resource does not exist (yet): apply it, or correct the name.",
     DigestNotFound False "The pinned digest is not what the referenced resource published: correct it or leave it out.",
     WaitingForInput Unknown "A referenced resource has not published yet; this one starts by itself when it has.",
+    Blocked Unknown "A condition before this one does not hold; its message says why.",
     Suspended Unknown "spec.suspend is true.",
     Pending Unknown "The attempt's pod is not running yet; the message quotes the scheduler or the kubelet.",
     Running Unknown "An attempt is running; see status.progress.",

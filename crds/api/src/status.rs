@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -68,6 +68,36 @@ pub struct RunInfo {
     /// Training step of the checkpoint that the attempt went on from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resumed_from_step: Option<i64>,
+    /// How the last attempt that gave no result ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failure: Option<AttemptFailure>,
+}
+
+/// How an attempt ended that gave no result.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct AttemptFailure {
+    /// Number of the attempt.
+    pub attempt: i32,
+    /// Why, in a word that is also a condition's reason.
+    pub reason: String,
+    /// Why, in a sentence.
+    pub message: String,
+    /// What follows from it.
+    pub outcome: AttemptOutcome,
+    /// When it ended.
+    pub time: Time,
+}
+
+/// What follows from the end of an attempt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum AttemptOutcome {
+    /// Interrupted from outside: the next attempt goes on, and this one does not count.
+    Interrupted,
+    /// Failed: it counts against `spec.retries`.
+    Failed,
+    /// Failed in a way that another attempt would repeat: there is none.
+    Fatal,
 }
 
 /// Something that an artifact was made from.

@@ -1,0 +1,216 @@
+//! From what is wanted to what the server answered: deletions first, then new objects, then what is kept in shape.
+//!
+//! Jobs and their ConfigMaps are created once and never changed, but for `suspend`. Deployment and Service are applied
+//! whole, by one field manager, and only if they differ.
+
+use std::fmt::Debug;
+
+use k8s_openapi::NamespaceResourceScope;
+use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::core::v1::ConfigMap;
+use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions, PropagationPolicy};
+use kube::{Api, Client, Resource, ResourceExt};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use strata_contract::hash_canonical;
+
+use super::gather::is_owned_by;
+use super::kind::{Applied, JobRef, Observed, Planned};
+use super::reconcile::Error;
+use super::same;
+use crate::workload::labels;
+
+/// Who we are to the server, in every write.
+pub const FIELD_MANAGER: &str = "strata-operator";
+
+/// Whose objects are written.
+pub struct Owner<'a> {
+    /// Their namespace.
+    pub namespace: &'a str,
+    /// UID of the resource that owns them.
+    pub uid: &'a str,
+}
+
+/// Brings the server to what is wanted.
+///
+/// # Errors
+/// The first write that fails ends it; what is done stays, and the next reconcile goes on.
+pub async fn apply(
+    client: &Client,
+    owner: &Owner<'_>,
+    planned: Planned,
+    observed: &Observed,
+) -> Result<Applied, Error> {
+    let Planned {
+        delete,
+        suspend,
+        start,
+        deployment,
+        service,
+    } = planned;
+    let mut applied = Applied::default();
+    for job in delete {
+        delete_attempt(client, owner, &job).await?;
+        applied.deleted.push(job);
+    }
+    for (job, suspend) in suspend {
+        applied.jobs.push(set_suspend(client, owner, &job, suspend).await?);
+    }
+    if let Some((config_map, job)) = start {
+        create_config_map(client, owner, &config_map).await?;
+        applied.jobs.push(create_job(client, owner, &job).await?);
+    }
+    if let Some(deployment) = deployment {
+        applied.deployment = Some(apply_whole(client, owner, deployment, observed.deployment.as_ref()).await?);
+    }
+    if let Some(service) = service {
+        applied.service = Some(apply_whole(client, owner, service, observed.service.as_ref()).await?);
+    }
+    Ok(applied)
+}
+
+fn api<K: Resource<DynamicType = (), Scope = NamespaceResourceScope>>(client: &Client, owner: &Owner<'_>) -> Api<K> {
+    Api::namespaced(client.clone(), owner.namespace)
+}
+
+fn create_params() -> PostParams {
+    PostParams {
+        field_manager: Some(FIELD_MANAGER.into()),
+        ..PostParams::default()
+    }
+}
+
+/// The ConfigMap goes first: after a crash in between, the Job is still there to name it.
+async fn delete_attempt(client: &Client, owner: &Owner<'_>, job: &JobRef) -> Result<(), Error> {
+    let config_maps: Api<ConfigMap> = api(client, owner);
+    if let Some(config_map) = config_maps.get_opt(&job.name).await?
+        && is_owned_by(&config_map, owner.uid)
+    {
+        let params = delete_params(config_map.uid(), PropagationPolicy::Background);
+        gone(config_maps.delete(&job.name, &params).await.map(drop))?;
+    }
+    let jobs: Api<Job> = api(client, owner);
+    let propagation = match job.running {
+        true => PropagationPolicy::Foreground,
+        false => PropagationPolicy::Background,
+    };
+    let params = delete_params(Some(job.uid.clone()), propagation);
+    gone(jobs.delete(&job.name, &params).await.map(drop))?;
+    tracing::info!(job = job.name, running = job.running, "deleted an attempt");
+    Ok(())
+}
+
+fn delete_params(uid: Option<String>, propagation: PropagationPolicy) -> DeleteParams {
+    DeleteParams {
+        preconditions: Some(Preconditions {
+            uid,
+            resource_version: None,
+        }),
+        propagation_policy: Some(propagation),
+        ..DeleteParams::default()
+    }
+}
+
+/// What is not there any more is deleted.
+fn gone(result: Result<(), kube::Error>) -> Result<(), Error> {
+    match result {
+        Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
+        result => Ok(result?),
+    }
+}
+
+async fn set_suspend(client: &Client, owner: &Owner<'_>, job: &JobRef, suspend: bool) -> Result<Job, Error> {
+    // The UID in the patch is a precondition: another Job of the same name is not touched.
+    let patch = json!({"metadata": {"uid": job.uid}, "spec": {"suspend": suspend}});
+    let params = PatchParams {
+        field_manager: Some(FIELD_MANAGER.into()),
+        ..PatchParams::default()
+    };
+    tracing::info!(job = job.name, suspend, "changing an attempt");
+    Ok(api::<Job>(client, owner)
+        .patch(&job.name, &params, &Patch::Merge(patch))
+        .await?)
+}
+
+async fn create_config_map(client: &Client, owner: &Owner<'_>, wanted: &ConfigMap) -> Result<(), Error> {
+    let config_maps: Api<ConfigMap> = api(client, owner);
+    let Some(mut there) = create(&config_maps, wanted).await? else {
+        return Ok(());
+    };
+    let name = wanted.name_any();
+    if !is_owned_by(&there, owner.uid) || there.metadata.deletion_timestamp.is_some() {
+        return Err(Error::NameTaken("ConfigMap", name));
+    }
+    if there.data == wanted.data {
+        return Ok(());
+    }
+    // Left by a crash before its Job came, and outdated since. It is immutable, so it is made anew.
+    let params = delete_params(there.metadata.uid.take(), PropagationPolicy::Background);
+    gone(config_maps.delete(&name, &params).await.map(drop))?;
+    match create(&config_maps, wanted).await? {
+        None => Ok(()),
+        Some(_) => Err(Error::NameTaken("ConfigMap", name)),
+    }
+}
+
+async fn create_job(client: &Client, owner: &Owner<'_>, wanted: &Job) -> Result<Job, Error> {
+    let jobs: Api<Job> = api(client, owner);
+    match jobs.create(&create_params(), wanted).await {
+        Ok(job) => {
+            tracing::info!(job = job.name_any(), "started an attempt");
+            Ok(job)
+        }
+        Err(kube::Error::Api(status)) if status.code == 409 => {
+            let there = jobs.get(&wanted.name_any()).await?;
+            match is_owned_by(&there, owner.uid) && there.metadata.deletion_timestamp.is_none() {
+                true => Ok(there),
+                false => Err(Error::NameTaken("Job", wanted.name_any())),
+            }
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Creates an object; answers with the one that is in its place, if there is one.
+async fn create<K>(api: &Api<K>, wanted: &K) -> Result<Option<K>, Error>
+where
+    K: Resource + Clone + DeserializeOwned + Serialize + Debug,
+{
+    match api.create(&create_params(), wanted).await {
+        Ok(_) => Ok(None),
+        Err(kube::Error::Api(status)) if status.code == 409 => Ok(Some(api.get(&wanted.name_any()).await?)),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Server-side apply of a whole object, if it is not yet as wanted.
+async fn apply_whole<K>(client: &Client, owner: &Owner<'_>, mut wanted: K, there: Option<&K>) -> Result<K, Error>
+where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + DeserializeOwned + Serialize + Debug,
+{
+    let name = wanted.name_any();
+    let hash = hash_canonical(&wanted);
+    wanted.annotations_mut().insert(labels::APPLIED.into(), hash);
+    if let Some(there) = there {
+        if !is_owned_by(there, owner.uid) || there.meta().deletion_timestamp.is_some() {
+            return Err(Error::NameTaken(kind_name::<K>(), name));
+        }
+        let value = |object: &K| serde_json::to_value(object).unwrap_or(Value::Null);
+        if same::holds(&value(&wanted), Some(&value(there))) {
+            return Ok(there.clone());
+        }
+    }
+    tracing::info!(kind = kind_name::<K>(), name, "applying");
+    let params = PatchParams::apply(FIELD_MANAGER).force();
+    Ok(api::<K>(client, owner)
+        .patch(&name, &params, &Patch::Apply(&wanted))
+        .await?)
+}
+
+fn kind_name<K: Resource<DynamicType = ()>>() -> &'static str {
+    match K::kind(&()) {
+        std::borrow::Cow::Borrowed(name) => name,
+        std::borrow::Cow::Owned(_) => "object",
+    }
+}

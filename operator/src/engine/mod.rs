@@ -1,0 +1,15 @@
+//! The only code that talks to the API server: `CR → gather → check → plan → apply → report → status`.
+
+pub mod apply;
+pub mod gather;
+pub mod guard;
+pub mod index;
+pub mod kind;
+pub mod progress;
+pub mod reconcile;
+pub mod same;
+pub mod status;
+pub mod watch;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,130 @@
+//! From an InferenceService's spec to the preparing run and the settings of the serving pods.
+
+use strata_api::{Common, InferenceService, KvCacheDtype, PodOverrides};
+use strata_contract::{Input, QuantizationFormat, QuantizeConfig, Stage};
+
+use crate::engine::kind::{Env, Observed, Refusal, ResourceKind};
+use crate::run::check::{check as check_run, gates, unsigned};
+use crate::run::{InputRef, Order, Runs};
+use crate::workload::pod::Sizes;
+use crate::workload::quantity;
+
+/// Memory of the cache of keys and values where the spec does not say, in bytes.
+const DEFAULT_KV_CACHE_BYTES: u64 = 256 << 20;
+/// Smallest memory of that cache, in bytes.
+const MIN_KV_CACHE_BYTES: u64 = 1 << 20;
+/// Memory of a serving pod besides the cache and the weights, in MiB.
+const SERVE_BASE_MIB: u64 = 256;
+
+impl Runs for InferenceService {
+    const RUN_KIND: ResourceKind = ResourceKind::InferenceService;
+    /// Of the preparing run; a serving pod's follow from its cache, see [`Serving::sizes`].
+    const SIZES: Sizes = Sizes {
+        cpu_millis: 500,
+        memory_mib: 1024,
+        memory_limit_mib: 4096,
+    };
+
+    fn common(&self) -> &Common {
+        &self.spec.common
+    }
+
+    fn inputs(&self) -> Vec<InputRef> {
+        InputRef::model("model", &self.spec.model).into_iter().collect()
+    }
+
+    fn stage(&self, inputs: &[Input]) -> Result<Stage, String> {
+        let evaluate = self.spec.evaluate.clone().unwrap_or_default();
+        let model = inputs.first().cloned();
+        Ok(Stage::Quantize(QuantizeConfig {
+            model: model.ok_or("spec.model: exactly one of pretrainJob, alignmentJob, uri must be set")?,
+            format: self.spec.quantization.unwrap_or(QuantizationFormat::Q8_0),
+            gates: gates(&evaluate.gates)?,
+        }))
+    }
+}
+
+/// A spec that was found good.
+#[derive(Clone, Debug)]
+pub struct Checked {
+    /// The preparing run, or why there is none now; what was published before is served in any case.
+    pub order: Result<Order, Refusal>,
+    /// Settings of the serving pods.
+    pub serving: Serving,
+}
+
+/// Settings of the serving pods.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Serving {
+    /// What the user set on pods.
+    pub pod: PodOverrides,
+    /// Image, unless the run that published has another.
+    pub image: String,
+    /// Number of pods; 0 while suspended.
+    pub replicas: i32,
+    /// Tokens in a block of the cache.
+    pub block_tokens: u32,
+    /// Memory of the cache in bytes.
+    pub kv_cache_bytes: u64,
+    /// Format of the cache.
+    pub kv_cache_dtype: KvCacheDtype,
+    /// Whether blocks of a shared prefix are reused.
+    pub prefix_caching: bool,
+    /// Longest sequence; absent: the model's own.
+    pub max_sequence_tokens: Option<u32>,
+}
+
+impl Serving {
+    /// What a serving pod asks for, given the size of the served file.
+    pub fn sizes(&self, artifact_bytes: u64) -> Sizes {
+        let mib = |bytes: u64| bytes.div_ceil(1 << 20);
+        let needed = SERVE_BASE_MIB + mib(self.kv_cache_bytes) + mib(artifact_bytes);
+        let clamp = |mib: u64| u32::try_from(mib).unwrap_or(u32::MAX);
+        Sizes {
+            cpu_millis: 250,
+            memory_mib: clamp(needed),
+            // Mapped weights count as page cache; the working memory of long prompts needs room beside them.
+            memory_limit_mib: clamp(needed * 2),
+        }
+    }
+}
+
+/// Judges a spec.
+///
+/// # Errors
+/// The condition that says why nothing is run.
+pub fn check(service: &InferenceService, observed: &Observed, env: &Env) -> Result<Checked, Refusal> {
+    let serving = serving(service, env).map_err(|message| Refusal::Spec(strata_api::Reason::SpecInvalid, message))?;
+    let order = check_run(service, observed, env);
+    Ok(Checked { order, serving })
+}
+
+fn serving(service: &InferenceService, env: &Env) -> Result<Serving, String> {
+    let cache = service.spec.kv_cache.clone().unwrap_or_default();
+    let kv_cache_bytes = match &cache.memory {
+        None => DEFAULT_KV_CACHE_BYTES,
+        Some(text) => quantity::bytes(&text.0)
+            .filter(|bytes| *bytes >= MIN_KV_CACHE_BYTES)
+            .ok_or_else(|| {
+                format!(
+                    "spec.kvCache.memory must be a size of at least 1Mi, such as 256Mi; got {}",
+                    text.0
+                )
+            })?,
+    };
+    let suspend = service.spec.common.suspend.unwrap_or(false);
+    Ok(Serving {
+        pod: service.spec.common.pod.clone().unwrap_or_default(),
+        image: env.runtime_image.clone(),
+        replicas: if suspend { 0 } else { service.spec.replicas.unwrap_or(1) },
+        block_tokens: unsigned("spec.kvCache.blockTokens", cache.block_tokens.unwrap_or(16))?,
+        kv_cache_bytes,
+        kv_cache_dtype: cache.dtype.unwrap_or_default(),
+        prefix_caching: cache.prefix_caching.unwrap_or(true),
+        max_sequence_tokens: service
+            .spec
+            .max_sequence_tokens
+            .map(|tokens| unsigned("spec.maxSequenceTokens", tokens))
+            .transpose()?,
+    })
+}

@@ -1,0 +1,142 @@
+//! Where the serving pods stand.
+//!
+//! ```text
+//!   nothing published ──▶ Absent
+//!   published ──▶ Deployment wanted ──▶ RollingOut ──▶ Serving
+//!                      │                    │             │ fewer pods answer
+//!                      └─ replicas: 0       ▼             ▼
+//!                           │          CrashLooping   Unavailable
+//!                           ▼
+//!                      ScaledToZero
+//! ```
+//!
+//! What is wanted is always the artifact that was published *last*: while a new one is prepared, or when that fails,
+//! the pods of the last good one stay.
+
+use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::api::core::v1::Pod;
+use strata_api::{ArtifactStatus, Reason};
+
+use crate::run::attempt::{container, quote, waiting};
+use crate::workload::labels;
+
+/// Where the serving pods stand.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Standing {
+    /// In a word.
+    pub reason: Reason,
+    /// In a sentence.
+    pub message: String,
+}
+
+/// Where the serving pods stand, given what is wanted.
+pub fn standing(
+    artifact: Option<&ArtifactStatus>,
+    wanted: i32,
+    deployment: Option<&Deployment>,
+    pods: &[&Pod],
+) -> Standing {
+    let standing = |reason, message: String| Standing { reason, message };
+    let Some(artifact) = artifact else {
+        return standing(
+            Reason::Blocked,
+            "nothing is published yet; see condition Succeeded".into(),
+        );
+    };
+    let Some(deployment) = deployment else {
+        return standing(Reason::RollingOut, "the Deployment is not there yet".into());
+    };
+    if wanted == 0 {
+        return standing(Reason::ScaledToZero, "no pods are wanted: nothing answers".into());
+    }
+    if let Some(message) = pods.iter().find_map(|pod| crash(pod)) {
+        return standing(Reason::CrashLooping, message);
+    }
+    let status = deployment.status.clone().unwrap_or_default();
+    let is_seen =
+        deployment.metadata.generation.is_some() && status.observed_generation >= deployment.metadata.generation;
+    let complete = is_seen && status.updated_replicas == Some(wanted) && status.replicas == Some(wanted);
+    let is_current = |pod: &&&Pod| is_ready(pod) && digest(pod) == Some(&artifact.digest);
+    let current = pods.iter().filter(is_current).count();
+    let enough = usize::try_from(wanted).is_ok_and(|wanted| current >= wanted);
+    if complete && enough && status.available_replicas == Some(wanted) {
+        return standing(
+            Reason::Serving,
+            format!("{wanted} of {wanted} pods answer with {}", artifact.digest),
+        );
+    }
+    let held = pods.iter().filter(|pod| !is_ready(pod)).find_map(|pod| waiting(pod));
+    if let Some((reason @ (Reason::ImagePullFailed | Reason::ClaimNotFound), message)) = held {
+        return standing(reason, message);
+    }
+    let why = held.map(|(_, message)| format!(": {message}")).unwrap_or_default();
+    let reason = match complete && was_complete(deployment) {
+        true => Reason::ReplicasUnavailable,
+        false => Reason::RollingOut,
+    };
+    standing(
+        reason,
+        format!("{current} of {wanted} pods answer with {}{why}", artifact.digest),
+    )
+}
+
+/// Whether the current version of the Deployment has been complete before.
+fn was_complete(deployment: &Deployment) -> bool {
+    let conditions = deployment
+        .status
+        .as_ref()
+        .and_then(|status| status.conditions.as_deref());
+    conditions.unwrap_or_default().iter().any(|condition| {
+        condition.type_ == "Progressing" && condition.reason.as_deref() == Some("NewReplicaSetAvailable")
+    })
+}
+
+/// How a pod keeps failing, if it does.
+fn crash(pod: &Pod) -> Option<String> {
+    let container = container(pod)?;
+    let waiting = container.state.as_ref()?.waiting.as_ref()?;
+    if waiting.reason.as_deref() != Some("CrashLoopBackOff") {
+        return None;
+    }
+    let last = container
+        .last_state
+        .as_ref()
+        .and_then(|state| state.terminated.as_ref());
+    let how = last.map_or_else(String::new, |end| {
+        let words = [end.reason.as_deref(), end.message.as_deref()].into_iter().flatten();
+        format!(
+            "exit status {} ({})",
+            end.exit_code,
+            quote(&words.collect::<Vec<_>>().join(": "))
+        )
+    });
+    Some(format!("a serving pod keeps failing: {how}"))
+}
+
+/// Whether a pod answers.
+pub fn is_ready(pod: &Pod) -> bool {
+    let conditions = pod.status.as_ref().and_then(|status| status.conditions.as_deref());
+    let ready = |conditions: &[k8s_openapi::api::core::v1::PodCondition]| {
+        conditions
+            .iter()
+            .any(|condition| condition.type_ == "Ready" && condition.status == "True")
+    };
+    pod.metadata.deletion_timestamp.is_none() && conditions.is_some_and(ready)
+}
+
+/// What a pod serves.
+pub fn digest(pod: &Pod) -> Option<&String> {
+    pod.metadata.annotations.as_ref()?.get(labels::DIGEST)
+}
+
+/// The pods that serve, among all of a resource's.
+pub fn serving_pods(pods: &[Pod]) -> Vec<&Pod> {
+    let serves = |pod: &&Pod| {
+        let labels = pod.metadata.labels.as_ref();
+        labels
+            .and_then(|labels| labels.get(labels::COMPONENT))
+            .map(String::as_str)
+            == Some(labels::SERVE)
+    };
+    pods.iter().filter(serves).collect()
+}

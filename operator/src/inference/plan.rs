@@ -1,0 +1,166 @@
+//! From an InferenceService's phase to what is wanted of the server: the preparing run, the Deployment, the Service.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::api::core::v1::PodTemplateSpec;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use k8s_openapi::jiff::Timestamp;
+use kube::ResourceExt;
+use strata_api::{InferenceService, KvCacheDtype, RunStatus};
+use strata_contract::{SERVE_PORT, Uri};
+
+use super::Checked;
+use super::check::Serving;
+use crate::engine::kind::{Observed, Planned, Refusal, ResourceKind};
+use crate::run;
+use crate::run::phase::{Ledger, Phase, phase};
+use crate::workload::pod::{PodParts, template};
+use crate::workload::volume::Claims;
+use crate::workload::{deployment, labels, service};
+
+/// Time that a serving pod has to finish its answers, in seconds; longer than its own `--shutdown-timeout`.
+const SERVE_GRACE_SECONDS: i64 = 60;
+/// Time that the server in the pod gives running answers, in seconds.
+const SHUTDOWN_TIMEOUT_SECONDS: u32 = 25;
+
+/// What is wanted of the server.
+pub fn plan(
+    resource: &InferenceService,
+    checked: Result<&Checked, &Refusal>,
+    observed: &Observed,
+    now: Timestamp,
+) -> Planned {
+    let order = checked.and_then(|checked| checked.order.as_ref());
+    let mut planned = run::plan::plan(resource, order, observed, now);
+    let Ok(checked) = checked else { return planned };
+    let Some(served) = served(resource, checked, observed, now) else {
+        return planned;
+    };
+    let name = resource.name_any();
+    let owner = run::check::owner(resource);
+    let metadata = ObjectMeta {
+        name: Some(name.clone()),
+        namespace: resource.namespace(),
+        labels: Some(labels::common(ResourceKind::InferenceService, &name, labels::SERVE)),
+        ..ObjectMeta::default()
+    };
+    let selector = labels::serving_selector(&name);
+    planned.deployment = Some(deployment::build(
+        metadata.clone(),
+        &owner,
+        selector.clone(),
+        checked.serving.replicas,
+        pods(&name, &checked.serving, &served),
+    ));
+    planned.service = Some(service::build(metadata, &owner, selector));
+    planned
+}
+
+/// What is to be served, and by which image.
+struct Served {
+    uri: Uri,
+    digest: String,
+    bytes: u64,
+    run_id: String,
+    image: String,
+}
+
+/// The artifact that was published last, also if that was just now.
+fn served(resource: &InferenceService, checked: &Checked, observed: &Observed, now: Timestamp) -> Option<Served> {
+    let none = RunStatus::default();
+    let status = resource.status.as_ref().map_or(&none, |status| &status.run_status);
+    let before = || {
+        let artifact = status.artifact.as_ref()?;
+        let run = status.run.as_ref().filter(|run| run.id == artifact.run_id);
+        Some(Served {
+            uri: artifact.uri.parse().ok()?,
+            digest: artifact.digest.clone(),
+            bytes: u64::try_from(artifact.bytes).unwrap_or(0),
+            run_id: artifact.run_id.clone(),
+            image: run.map_or_else(|| checked.serving.image.clone(), |run| run.image.clone()),
+        })
+    };
+    let fresh = || {
+        let order = checked.order.as_ref().ok()?;
+        let ledger = Ledger::read(&order.run_id, status, observed, now);
+        let Phase::Publishing(report) = phase(order, &ledger, status, observed, now) else {
+            return None;
+        };
+        let artifact = report.artifact?;
+        Some(Served {
+            uri: artifact.uri,
+            digest: artifact.digest,
+            bytes: artifact.bytes,
+            run_id: order.run_id.clone(),
+            image: ledger.image,
+        })
+    };
+    let mut served = fresh().or_else(before)?;
+    // Pods that already serve it keep their image: another operator version, or the next run's image, restarts nothing.
+    if let Some(image) = observed
+        .deployment
+        .as_ref()
+        .and_then(|deployment| image_serving(deployment, &served.digest))
+    {
+        served.image = image;
+    }
+    Some(served)
+}
+
+fn image_serving(deployment: &Deployment, digest: &str) -> Option<String> {
+    let template = &deployment.spec.as_ref()?.template;
+    let serves = template.metadata.as_ref()?.annotations.as_ref()?.get(labels::DIGEST)?;
+    let image = template.spec.as_ref()?.containers.first()?.image.clone();
+    image.filter(|_| serves == digest)
+}
+
+fn pods(name: &str, serving: &Serving, served: &Served) -> PodTemplateSpec {
+    let mut claims = Claims::default();
+    claims.read(&served.uri);
+    let mut labels = labels::common(ResourceKind::InferenceService, name, labels::SERVE);
+    labels.insert(labels::RUN.into(), served.run_id.clone());
+    template(PodParts {
+        labels,
+        annotations: BTreeMap::from([(labels::DIGEST.to_owned(), served.digest.clone())]),
+        image: served.image.clone(),
+        command: command(name, serving, served),
+        env: Vec::new(),
+        port: ("http", SERVE_PORT),
+        claims: &claims,
+        volumes: Vec::new(),
+        sizes: serving.sizes(served.bytes),
+        grace_seconds: SERVE_GRACE_SECONDS,
+        restart_policy: None,
+        overrides: &serving.pod,
+    })
+}
+
+fn command(name: &str, serving: &Serving, served: &Served) -> Vec<String> {
+    let dtype = match serving.kv_cache_dtype {
+        KvCacheDtype::F16 => "f16",
+        KvCacheDtype::F32 => "f32",
+    };
+    let mut command: Vec<String> = ["strata-runtime", "serve"].map(str::to_owned).into();
+    if serving.prefix_caching {
+        command.push("--enable-prefix-caching".into());
+    }
+    let options = [
+        ("--model", served.uri.to_string()),
+        ("--digest", served.digest.clone()),
+        ("--served-model-name", name.to_owned()),
+        ("--host", "0.0.0.0".to_owned()),
+        ("--port", SERVE_PORT.to_string()),
+        ("--block-size", serving.block_tokens.to_string()),
+        ("--kv-cache-memory-bytes", serving.kv_cache_bytes.to_string()),
+        ("--kv-cache-dtype", dtype.to_owned()),
+        ("--shutdown-timeout", SHUTDOWN_TIMEOUT_SECONDS.to_string()),
+    ];
+    let length = serving
+        .max_sequence_tokens
+        .map(|tokens| ("--max-model-len", tokens.to_string()));
+    for (option, value) in options.into_iter().chain(length) {
+        command.extend([option.to_owned(), value]);
+    }
+    command
+}

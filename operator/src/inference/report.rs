@@ -1,0 +1,61 @@
+//! From an InferenceService's phase, after the server's answers, to what the status says.
+
+use k8s_openapi::jiff::Timestamp;
+use kube::ResourceExt;
+use strata_api::{ConditionType, InferenceService, InferenceServiceStatus, Reason};
+
+use super::Checked;
+use super::phase::{digest, is_ready, serving_pods, standing};
+use crate::engine::kind::{Observed, Outcome, Refusal};
+use crate::run::conditions::Finding;
+use crate::run::report::judge;
+use crate::workload::labels;
+
+/// The status.
+pub fn report(
+    resource: &InferenceService,
+    checked: Result<&Checked, &Refusal>,
+    observed: &Observed,
+    now: Timestamp,
+) -> Outcome<InferenceServiceStatus> {
+    let judged = judge(
+        resource,
+        checked.and_then(|checked| checked.order.as_ref()),
+        observed,
+        now,
+    );
+    let pods = serving_pods(&observed.pods);
+    let deployment = observed.deployment.as_ref();
+    let available = match checked {
+        Err(_) => Finding::new(ConditionType::Available, Reason::Blocked, "see condition Accepted"),
+        Ok(checked) => {
+            let artifact = judged.status.artifact.as_ref();
+            let standing = standing(artifact, checked.serving.replicas, deployment, &pods);
+            Finding::new(ConditionType::Available, standing.reason, standing.message)
+        }
+    };
+    let name = resource.name_any();
+    let counts = deployment.and_then(|deployment| deployment.status.clone());
+    let digests: Vec<&String> = pods
+        .iter()
+        .filter(|pod| is_ready(pod))
+        .filter_map(|pod| digest(pod))
+        .collect();
+    let one = digests
+        .first()
+        .filter(|first| digests.iter().all(|digest| digest == *first));
+    let selector = labels::serving_selector(&name);
+    let selector: Vec<String> = selector.iter().map(|(key, value)| format!("{key}={value}")).collect();
+    let address = observed.service.as_ref();
+    Outcome {
+        requeue: judged.requeue,
+        status: InferenceServiceStatus {
+            run_status: judged.finish(&[available], now),
+            url: address.map(|_| format!("http://{name}.{}.svc", resource.namespace().unwrap_or_default())),
+            serving_digest: one.map(|digest| (*digest).clone()),
+            replicas: Some(counts.as_ref().and_then(|status| status.replicas).unwrap_or(0)),
+            ready_replicas: Some(counts.as_ref().and_then(|status| status.ready_replicas).unwrap_or(0)),
+            selector: Some(selector.join(",")),
+        },
+    }
+}

@@ -1,0 +1,224 @@
+//! `strata-operator`: parse arguments, join the election, run until told to stop.
+
+use std::net::SocketAddr;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use clap::{Parser, ValueEnum};
+use kube::Client;
+use kube::client::ClientBuilder;
+use kube::runtime::events::{Recorder, Reporter};
+use strata_contract::Uri;
+use strata_operator::engine::guard::{GuardLayer, Leadership};
+use strata_operator::engine::index::Index;
+use strata_operator::engine::kind::Env;
+use strata_operator::engine::progress::Poller;
+use strata_operator::engine::reconcile::Context;
+use strata_operator::engine::watch::{Started, Wake, Watches, start};
+use strata_operator::leader::Election;
+use strata_operator::metrics::Metrics;
+use strata_operator::server::{Shown, router};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tracing_subscriber::EnvFilter;
+
+/// Time for the reconciles under way to end after a signal.
+const STOP_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// The operator of Strata: datasets, pretraining, alignment and serving of language models on Kubernetes.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Arguments {
+    /// Image of the pods that new runs start. Runs that have begun keep theirs.
+    #[arg(long, env = "STRATA_RUNTIME_IMAGE")]
+    runtime_image: String,
+    /// Where results are published if a resource does not say: pvc://CLAIM/FOLDER.
+    #[arg(long, env = "STRATA_DEFAULT_STORAGE")]
+    default_storage: Option<Uri>,
+    /// Address of /metrics, /healthz and /readyz.
+    #[arg(long, default_value = "0.0.0.0:8080")]
+    metrics_addr: SocketAddr,
+    /// Of several replicas, only one works. Without, this one works in any case.
+    #[arg(long)]
+    leader_elect: bool,
+    /// Namespace of the Lease.
+    #[arg(long, env = "POD_NAMESPACE", default_value = "strata-system")]
+    leader_elect_namespace: String,
+    /// Name of this replica in the Lease and in Events.
+    #[arg(long, env = "POD_NAME")]
+    identity: Option<String>,
+    /// Form of the log lines.
+    #[arg(long, value_enum, default_value_t = LogFormat::Json)]
+    log_format: LogFormat,
+    /// Look at one namespace only.
+    #[arg(long)]
+    watch_namespace: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum LogFormat {
+    /// One JSON object a line.
+    Json,
+    /// For people.
+    Text,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
+    match arguments.log_format {
+        LogFormat::Json => log
+            .json()
+            .flatten_event(true)
+            .with_current_span(false)
+            .with_span_list(false)
+            .init(),
+        LogFormat::Text => log.init(),
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build();
+    let result = runtime
+        .context("no threads can be started")
+        .and_then(|runtime| runtime.block_on(run(arguments)));
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!(error = format!("{error:#}"), "the operator ends");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(arguments: Arguments) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("no signals can be received")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("no signals can be received")?;
+    let metrics = Arc::new(Metrics::new().context("the metrics clash")?);
+    let ready = Arc::new(AtomicBool::new(false));
+    let listener = TcpListener::bind(arguments.metrics_addr)
+        .await
+        .with_context(|| format!("cannot listen on {}", arguments.metrics_addr))?;
+    let shown = Shown {
+        metrics: metrics.clone(),
+        ready: ready.clone(),
+    };
+    let server = tokio::spawn(async move { axum::serve(listener, router(shown)).await });
+
+    let config = kube::Config::infer()
+        .await
+        .context("no cluster: neither a kubeconfig nor a service account")?;
+    let leadership = Leadership::default();
+    let client = ClientBuilder::try_from(config.clone())?
+        .with_layer(&GuardLayer(leadership.clone()))
+        .build();
+    let identity = arguments
+        .identity
+        .unwrap_or_else(|| format!("strata-operator-{}", std::process::id()));
+
+    let mut election = None;
+    if arguments.leader_elect {
+        // The Lease is taken by a client of its own: the guarded one writes only for the leader.
+        let lease_client = Client::try_from(config)?;
+        let mut joined = Election::join(lease_client, &arguments.leader_elect_namespace, &identity).await?;
+        // A replica that stands by could take over: it is ready.
+        ready.store(true, Ordering::Relaxed);
+        tracing::info!(identity, "standing by for the Lease");
+        let elected = tokio::select! {
+            elected = joined.leads.wait_for(|leads| *leads) => elected.is_ok(),
+            _ = terminate.recv() => false,
+            _ = interrupt.recv() => false,
+        };
+        if !elected {
+            joined.release().await;
+            return Ok(());
+        }
+        ready.store(false, Ordering::Relaxed);
+        election = Some(joined);
+    }
+    leadership.set(true);
+    metrics.set_leader(true);
+    tracing::info!(identity, image = arguments.runtime_image, "leading");
+
+    let index = Arc::new(Index::default());
+    let context = Arc::new(Context {
+        client: client.clone(),
+        env: Env {
+            runtime_image: arguments.runtime_image,
+            default_storage: arguments.default_storage,
+        },
+        index: index.clone(),
+        poller: Poller::default(),
+        recorder: Recorder::new(
+            client.clone(),
+            Reporter {
+                controller: "strata-operator".into(),
+                instance: Some(identity),
+            },
+        ),
+        metrics: metrics.clone(),
+    });
+    let (wake, queues) = Wake::new();
+    let watches = Watches {
+        client,
+        namespace: arguments.watch_namespace,
+        wake,
+        index,
+    };
+    let (stop, stopped) = watch::channel(false);
+    let Started {
+        mut watches,
+        mut loops,
+        mut filled,
+    } = start(&context, &watches, queues, &stopped);
+    let filling = tokio::spawn(async move {
+        while filled.join_next().await.is_some() {}
+        ready.store(true, Ordering::Relaxed);
+        tracing::info!("the caches are filled");
+    });
+
+    let lost = async {
+        match &mut election {
+            Some(election) => {
+                // An error means that the election's task is gone, which is a loss too.
+                let _ = election.leads.wait_for(|leads| !*leads).await;
+            }
+            None => std::future::pending().await,
+        }
+    };
+    let is_lost = tokio::select! {
+        _ = terminate.recv() => false,
+        _ = interrupt.recv() => false,
+        () = lost => true,
+        ended = watches.join_next() => anyhow::bail!("a watch ended by itself: {ended:?}"),
+        ended = loops.join_next() => anyhow::bail!("a loop ended by itself: {ended:?}"),
+    };
+    if is_lost {
+        leadership.set(false);
+    }
+    tracing::info!(is_lost, "stopping: what is under way is finished first");
+    stop.send_replace(true);
+    let all = async { while loops.join_next().await.is_some() {} };
+    if tokio::time::timeout(STOP_TIMEOUT, all).await.is_err() {
+        tracing::warn!("a reconcile did not end in time; the next replica goes on from what it did");
+    }
+    leadership.set(false);
+    metrics.set_leader(false);
+    filling.abort();
+    watches.shutdown().await;
+    if let Some(election) = election {
+        election.release().await;
+    }
+    server.abort();
+    match is_lost {
+        true => anyhow::bail!("another replica leads now"),
+        false => Ok(()),
+    }
+}

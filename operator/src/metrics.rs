@@ -1,0 +1,153 @@
+//! What the operator counts, for `/metrics`.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use prometheus::{HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder};
+
+use crate::engine::kind::{Key, ResourceKind};
+
+/// Bounds of the reconcile histogram in seconds.
+const BUCKETS: [f64; 9] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0];
+
+/// The operator's metrics.
+pub struct Metrics {
+    registry: Registry,
+    reconciles: IntCounterVec,
+    seconds: HistogramVec,
+    status_writes: IntCounterVec,
+    errors: IntCounterVec,
+    resources: IntGaugeVec,
+    leader: IntGauge,
+    resident: IntGauge,
+    ready: Mutex<HashMap<Key, String>>,
+}
+
+impl Metrics {
+    /// Registers all metrics.
+    ///
+    /// # Errors
+    /// Two metrics of one name, which is a defect.
+    pub fn new() -> Result<Self, prometheus::Error> {
+        let registry = Registry::new();
+        let counter = |name: &str, help: &str, labels: &[&str]| -> Result<IntCounterVec, prometheus::Error> {
+            let counter = IntCounterVec::new(Opts::new(name, help), labels)?;
+            registry.register(Box::new(counter.clone()))?;
+            Ok(counter)
+        };
+        let reconciles = counter(
+            "strata_operator_reconciles_total",
+            "Reconciles by kind and result (ok, or the error's reason).",
+            &["kind", "result"],
+        )?;
+        let status_writes = counter(
+            "strata_operator_status_writes_total",
+            "Status writes by kind.",
+            &["kind"],
+        )?;
+        let errors = counter(
+            "strata_operator_errors_total",
+            "Failed reconciles by reason.",
+            &["reason"],
+        )?;
+        let seconds = HistogramVec::new(
+            HistogramOpts::new("strata_operator_reconcile_seconds", "Length of a reconcile by kind.")
+                .buckets(BUCKETS.to_vec()),
+            &["kind"],
+        )?;
+        let resources = IntGaugeVec::new(
+            Opts::new(
+                "strata_resources",
+                "Resources by kind and by the reason of their condition Ready.",
+            ),
+            &["kind", "reason"],
+        )?;
+        let leader = IntGauge::new("strata_operator_leader", "1 if this replica leads, else 0.")?;
+        let resident = IntGauge::new("process_resident_memory_bytes", "Resident memory in bytes.")?;
+        registry.register(Box::new(seconds.clone()))?;
+        registry.register(Box::new(resources.clone()))?;
+        registry.register(Box::new(leader.clone()))?;
+        registry.register(Box::new(resident.clone()))?;
+        Ok(Self {
+            registry,
+            reconciles,
+            seconds,
+            status_writes,
+            errors,
+            resources,
+            leader,
+            resident,
+            ready: Mutex::default(),
+        })
+    }
+
+    /// A reconcile has ended.
+    pub fn reconciled(&self, kind: ResourceKind, result: &str, took: Duration) {
+        self.reconciles.with_label_values(&[kind.name(), result]).inc();
+        self.seconds
+            .with_label_values(&[kind.name()])
+            .observe(took.as_secs_f64());
+        if result != "ok" {
+            self.errors.with_label_values(&[result]).inc();
+        }
+    }
+
+    /// A status was written.
+    pub fn status_written(&self, kind: ResourceKind) {
+        self.status_writes.with_label_values(&[kind.name()]).inc();
+    }
+
+    /// Whether this replica leads.
+    pub fn set_leader(&self, leads: bool) {
+        self.leader.set(leads.into());
+    }
+
+    /// The reason of a resource's condition Ready.
+    pub fn ready(&self, key: &Key, reason: &str) {
+        let mut all = self.ready.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = all.insert(key.clone(), reason.to_owned());
+        if before.as_deref() != Some(reason) {
+            self.resources.with_label_values(&[key.kind.name(), reason]).inc();
+            if let Some(before) = before {
+                self.resources.with_label_values(&[key.kind.name(), &before]).dec();
+            }
+        }
+    }
+
+    /// A resource is gone.
+    pub fn forget(&self, key: &Key) {
+        let mut all = self.ready.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(before) = all.remove(key) {
+            self.resources.with_label_values(&[key.kind.name(), &before]).dec();
+        }
+    }
+
+    /// Every resource of which `keep` says no is gone.
+    pub fn retain(&self, keep: impl Fn(&Key) -> bool) {
+        let gone: Vec<Key> = {
+            let all = self.ready.lock().unwrap_or_else(PoisonError::into_inner);
+            all.keys().filter(|key| !keep(key)).cloned().collect()
+        };
+        gone.iter().for_each(|key| self.forget(key));
+    }
+
+    /// All metrics in Prometheus' text format.
+    ///
+    /// # Errors
+    /// A metric that cannot be written, which is a defect.
+    pub fn render(&self) -> Result<String, prometheus::Error> {
+        if let Some(bytes) = resident_bytes() {
+            self.resident.set(bytes);
+        }
+        TextEncoder::new().encode_to_string(&self.registry.gather())
+    }
+}
+
+/// Resident memory of this process in bytes, where the kernel says so.
+fn resident_bytes() -> Option<i64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    let kib: i64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib * 1024)
+}

@@ -1,0 +1,312 @@
+//! One attempt: how its Job and its pod go, or how they ended.
+
+use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::core::v1::{ContainerStateTerminated, ContainerStatus, Pod};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::jiff::Timestamp;
+use strata_api::{AttemptFailure, AttemptOutcome, Reason};
+use strata_contract::{EXIT_BAD_INPUT, EXIT_DONE, EXIT_INTERRUPTED, Report};
+
+use super::label;
+use crate::workload::labels;
+use crate::workload::pod::CONTAINER;
+
+/// Label that the Job controller puts on a Job's pods.
+const CONTROLLER_UID: &str = "batch.kubernetes.io/controller-uid";
+/// Longest part of a foreign text that is quoted, in characters.
+const QUOTE_CHARS: usize = 512;
+
+/// How an attempt goes.
+#[derive(Clone, Debug, PartialEq)]
+pub enum State {
+    /// Its pod is not running yet; why.
+    Waiting(Reason, String),
+    /// Its pod runs.
+    Running(String),
+    /// It published.
+    Published(Box<Report>),
+    /// It ended without a result; with the report, if there was one.
+    Failed(AttemptFailure, Option<Box<Report>>),
+}
+
+/// Number of the attempt that a Job is.
+pub fn number(job: &Job) -> i32 {
+    label(job, labels::ATTEMPT).parse().unwrap_or(0)
+}
+
+/// Whether a Job has come to its end.
+pub fn finished(job: &Job) -> bool {
+    ended(job).is_some()
+}
+
+/// The pod of a Job: the last one, as a resumed Job has several.
+pub fn pod_of<'a>(job: &Job, pods: &'a [Pod]) -> Option<&'a Pod> {
+    let uid = job.metadata.uid.as_deref()?;
+    let of_job = |pod: &&Pod| {
+        let labels = pod.metadata.labels.as_ref();
+        labels.and_then(|labels| labels.get(CONTROLLER_UID)).map(String::as_str) == Some(uid)
+    };
+    pods.iter()
+        .filter(of_job)
+        .max_by_key(|pod| pod.metadata.creation_timestamp.clone())
+}
+
+/// How the attempt of `job` goes.
+pub fn state(job: &Job, pods: &[Pod]) -> State {
+    let pod = pod_of(job, pods);
+    let Some(end) = ended(job) else {
+        return going(job, pod);
+    };
+    let container = pod.and_then(terminated);
+    let report = container
+        .and_then(|container| container.message.as_deref())
+        .and_then(parse_report);
+    if end.complete
+        && let Some(report) = report.clone().filter(|report| report.artifact.is_some())
+    {
+        return State::Published(Box::new(report));
+    }
+    let (reason, outcome, message) = judge(&end, pod, container, report.as_ref());
+    let failure = AttemptFailure {
+        attempt: number(job),
+        reason: reason.name().to_owned(),
+        message: quote(&message),
+        outcome,
+        time: end.time,
+    };
+    State::Failed(failure, report.map(Box::new))
+}
+
+/// The attempt that vanished with its Job.
+pub fn vanished(attempt: i32, now: Timestamp) -> AttemptFailure {
+    AttemptFailure {
+        attempt,
+        reason: Reason::PodLost.name().into(),
+        message: "the Job is gone without a report".into(),
+        outcome: AttemptOutcome::Interrupted,
+        time: Time(now),
+    }
+}
+
+struct End {
+    complete: bool,
+    deadline: bool,
+    message: String,
+    time: Time,
+}
+
+fn ended(job: &Job) -> Option<End> {
+    let status = job.status.as_ref()?;
+    let conditions = status.conditions.as_deref().unwrap_or_default();
+    let holds = |kind: &str| {
+        conditions
+            .iter()
+            .find(|condition| condition.type_ == kind && condition.status == "True")
+    };
+    let (condition, complete) = holds("Complete")
+        .map(|condition| (condition, true))
+        .or_else(|| Some((holds("Failed")?, false)))?;
+    let time = condition
+        .last_transition_time
+        .clone()
+        .or_else(|| status.completion_time.clone())
+        .unwrap_or(Time(Timestamp::UNIX_EPOCH));
+    Some(End {
+        complete,
+        deadline: condition.reason.as_deref() == Some("DeadlineExceeded"),
+        message: condition.message.clone().unwrap_or_default(),
+        time,
+    })
+}
+
+/// What the end of an attempt without a result means: a chain of rules, the first that applies.
+fn judge(
+    end: &End,
+    pod: Option<&Pod>,
+    container: Option<&ContainerStateTerminated>,
+    report: Option<&Report>,
+) -> (Reason, AttemptOutcome, String) {
+    use AttemptOutcome::{Failed, Fatal, Interrupted};
+    if end.deadline {
+        return (Reason::DeadlineExceeded, Failed, end.message.clone());
+    }
+    let Some(pod) = pod else {
+        return (
+            Reason::PodLost,
+            Interrupted,
+            format!("the pod is gone without a report ({})", end.message),
+        );
+    };
+    if let Some((reason, message)) = disruption(pod) {
+        // A pod that outgrew a limit of its own would be evicted again and again: that counts.
+        let own_fault = reason == "TerminationByKubelet" && message.contains("limit");
+        return (Reason::PodLost, if own_fault { Failed } else { Interrupted }, message);
+    }
+    let Some(container) = container else {
+        let why = pod
+            .status
+            .as_ref()
+            .and_then(|status| status.message.clone())
+            .unwrap_or_default();
+        return (
+            Reason::PodLost,
+            Interrupted,
+            format!("the pod ended without a status of its container {why}"),
+        );
+    };
+    let words = |fallback: &str| match (report, container.message.as_deref().map(str::trim)) {
+        (Some(report), _) => report.message.clone(),
+        (None, Some(text)) if !text.is_empty() => format!("exit status {}: {text}", container.exit_code),
+        _ => format!("exit status {}: {fallback}", container.exit_code),
+    };
+    let reported = || {
+        report
+            .and_then(|report| report.failure)
+            .map_or(Reason::Internal, Reason::from)
+    };
+    if container.reason.as_deref() == Some("OOMKilled") {
+        let message = "the container was killed at its memory limit: raise spec.pod.resources.limits.memory";
+        return (Reason::OutOfMemory, Failed, message.into());
+    }
+    match container.exit_code {
+        EXIT_INTERRUPTED => (
+            Reason::Interrupted,
+            Interrupted,
+            words("interrupted; its work is saved"),
+        ),
+        _ if pod.metadata.deletion_timestamp.is_some() => (Reason::PodLost, Interrupted, words("the pod was deleted")),
+        EXIT_BAD_INPUT => (
+            reported(),
+            Fatal,
+            words("the stage refused its input and left no report"),
+        ),
+        EXIT_DONE => (
+            Reason::Internal,
+            Failed,
+            words("the stage ended well but left no report of an artifact"),
+        ),
+        _ => (reported(), Failed, words("the stage left no report")),
+    }
+}
+
+/// Reason and message of the pod's disruption, if it was one.
+fn disruption(pod: &Pod) -> Option<(String, String)> {
+    let status = pod.status.as_ref()?;
+    let conditions = status.conditions.as_deref().unwrap_or_default();
+    let condition = conditions
+        .iter()
+        .find(|condition| condition.type_ == "DisruptionTarget" && condition.status == "True")?;
+    let message = condition
+        .message
+        .clone()
+        .or_else(|| status.message.clone())
+        .unwrap_or_default();
+    Some((condition.reason.clone().unwrap_or_default(), message))
+}
+
+fn going(job: &Job, pod: Option<&Pod>) -> State {
+    let Some(pod) = pod else {
+        let wait = "the Job has no pod yet; if this lasts, the namespace's quota or PodSecurity may refuse it: see the Job's events";
+        return State::Waiting(Reason::Pending, wait.into());
+    };
+    match waiting(pod) {
+        Some((reason, message)) => State::Waiting(reason, message),
+        None => State::Running(format!(
+            "attempt {} is running on node {}",
+            number(job),
+            pod.spec
+                .as_ref()
+                .and_then(|spec| spec.node_name.as_deref())
+                .unwrap_or("?")
+        )),
+    }
+}
+
+/// Why a pod does not run yet, in the words of the scheduler or the kubelet; `None` if it runs (or ran).
+pub fn waiting(pod: &Pod) -> Option<(Reason, String)> {
+    let status = pod.status.as_ref();
+    if status
+        .and_then(|status| status.phase.as_deref())
+        .is_some_and(|phase| phase != "Pending")
+    {
+        return None;
+    }
+    let conditions = status
+        .and_then(|status| status.conditions.as_deref())
+        .unwrap_or_default();
+    let unscheduled = conditions
+        .iter()
+        .find(|condition| condition.type_ == "PodScheduled" && condition.status == "False");
+    if let Some(condition) = unscheduled {
+        let message = condition.message.clone().unwrap_or_default();
+        let no_claim = message.contains("persistentvolumeclaim \"") && message.contains("not found");
+        let reason = if no_claim {
+            Reason::ClaimNotFound
+        } else {
+            Reason::Pending
+        };
+        return Some((reason, quote(&message)));
+    }
+    let state = container(pod).and_then(|container| container.state.as_ref()?.waiting.clone());
+    let (word, message) = match state {
+        Some(waiting) => (waiting.reason.unwrap_or_default(), waiting.message.unwrap_or_default()),
+        None => ("Scheduled".into(), "the kubelet has not started it yet".into()),
+    };
+    const PULL_WORDS: [&str; 5] = [
+        "ImagePullBackOff",
+        "ErrImagePull",
+        "InvalidImageName",
+        "ErrImageNeverPull",
+        "ImageInspectError",
+    ];
+    let reason = if PULL_WORDS.contains(&word.as_str()) {
+        Reason::ImagePullFailed
+    } else {
+        Reason::Pending
+    };
+    // The kubelet's two words for one failing pull alternate; a condition that follows them would be rewritten for ever.
+    let word = if reason == Reason::ImagePullFailed {
+        "the image cannot be pulled"
+    } else {
+        &word
+    };
+    let image = pod
+        .spec
+        .as_ref()
+        .and_then(|spec| spec.containers.first()?.image.clone())
+        .unwrap_or_default();
+    let detail = match reason {
+        Reason::ImagePullFailed => image,
+        _ => message,
+    };
+    Some((reason, quote(&format!("{word}: {detail}"))))
+}
+
+/// The status of the container that does the work.
+pub fn container(pod: &Pod) -> Option<&ContainerStatus> {
+    let statuses = pod.status.as_ref()?.container_statuses.as_deref()?;
+    statuses.iter().find(|status| status.name == CONTAINER)
+}
+
+fn terminated(pod: &Pod) -> Option<&ContainerStateTerminated> {
+    container(pod)?.state.as_ref()?.terminated.as_ref()
+}
+
+/// Whether a pod's container runs now, and may be asked for its progress.
+pub fn is_running(pod: &Pod) -> bool {
+    container(pod).is_some_and(|container| container.state.as_ref().is_some_and(|state| state.running.is_some()))
+        && pod.metadata.deletion_timestamp.is_none()
+}
+
+fn parse_report(text: &str) -> Option<Report> {
+    serde_json::from_str(text).ok()
+}
+
+/// A foreign text, cut to what a condition can carry, on one line.
+pub fn quote(text: &str) -> String {
+    let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    match line.char_indices().nth(QUOTE_CHARS) {
+        Some((end, _)) => format!("{}…", &line[..end]),
+        None => line,
+    }
+}

@@ -1,0 +1,419 @@
+//! From a spec and what it refers to, to an [`Order`]: what is to be run, or why nothing is.
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
+use kube::ResourceExt;
+use strata_api::{Decimal, PodOverrides, Reason, Reference};
+use strata_contract::{CONTRACT_VERSION, Checkpoint, Gate, Input, Resource, Stage, Uri, hash_canonical};
+
+use super::Runs;
+use crate::engine::kind::{Env, Observed, Ref, Refusal, ResourceKind};
+use crate::workload::job::MAX_RESOURCE_NAME;
+use crate::workload::labels;
+use crate::workload::pod::Sizes;
+use crate::workload::volume::Claims;
+
+/// Attempts that may fail, where the spec does not say.
+const DEFAULT_RETRIES: i32 = 3;
+
+/// Something that a run reads, as the spec names it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InputRef {
+    /// What it is to the stage.
+    pub name: String,
+    /// Where it comes from.
+    pub source: Source,
+}
+
+/// Where an input comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// What a resource published.
+    Artifact {
+        /// The resource.
+        from: Ref,
+        /// The digest that the user pinned.
+        digest: Option<String>,
+    },
+    /// A URI, as written.
+    Plain(String),
+}
+
+impl InputRef {
+    /// The input that a reference to a resource of `kind` names.
+    pub fn artifact(name: &str, kind: ResourceKind, reference: &Reference) -> Self {
+        Self {
+            name: name.into(),
+            source: Source::Artifact {
+                from: Ref {
+                    kind,
+                    name: reference.name.clone(),
+                },
+                digest: reference.digest.clone(),
+            },
+        }
+    }
+
+    /// The model that `source` names, as the input `name`.
+    pub fn model(name: &str, source: &strata_api::ModelSource) -> Option<Self> {
+        match (&source.pretrain_job, &source.alignment_job, &source.uri) {
+            (Some(reference), None, None) => Some(Self::artifact(name, ResourceKind::PretrainJob, reference)),
+            (None, Some(reference), None) => Some(Self::artifact(name, ResourceKind::AlignmentJob, reference)),
+            (None, None, Some(uri)) => Some(Self {
+                name: name.into(),
+                source: Source::Plain(uri.0.clone()),
+            }),
+            _ => None,
+        }
+    }
+}
+
+/// A run that can be carried out: everything resolved, nothing raw left.
+#[derive(Clone, Debug)]
+pub struct Order {
+    /// Who wants it.
+    pub resource: Resource,
+    /// Kind of who wants it.
+    pub kind: ResourceKind,
+    /// Owner of what is made for it.
+    pub owner: OwnerReference,
+    /// Hash of what determines the result, 16 hexadecimal digits.
+    pub run_id: String,
+    /// What to do.
+    pub stage: Stage,
+    /// What it reads from others.
+    pub inputs: Vec<Input>,
+    /// Where it publishes: the run's own folder.
+    pub output: Uri,
+    /// Claims that its pod mounts.
+    pub claims: Claims,
+    /// Attempts that may fail.
+    pub retries: i32,
+    /// Longest time of an attempt in seconds.
+    pub deadline_seconds: Option<i64>,
+    /// Whether the user wants it stopped.
+    pub suspend: bool,
+    /// What the container asks for.
+    pub sizes: Sizes,
+    /// What the user set on pods.
+    pub pod: PodOverrides,
+    /// Image of a run that begins now.
+    pub image: String,
+}
+
+/// Judges a spec.
+///
+/// # Errors
+/// The condition that says why nothing is run.
+pub fn check<T: Runs>(resource: &T, observed: &Observed, env: &Env) -> Result<Order, Refusal> {
+    let spec_invalid = |message: String| Refusal::Spec(Reason::SpecInvalid, message);
+    let common = resource.common();
+    let name = resource.name_any();
+    let namespace = resource.namespace().unwrap_or_default();
+    let this = Ref {
+        kind: T::RUN_KIND,
+        name: name.clone(),
+    };
+
+    check_name(&name).map_err(spec_invalid)?;
+    let pod = common.pod.clone().unwrap_or_default();
+    check_pod(&pod).map_err(spec_invalid)?;
+    let storage = match &common.storage {
+        Some(storage) => storage
+            .uri
+            .0
+            .parse()
+            .map_err(|error| spec_invalid(format!("spec.storage.uri: {error}")))?,
+        None => env.default_storage.clone().ok_or_else(|| {
+            let message = "write spec.storage.uri: pvc://CLAIM/FOLDER, or set the operator's default storage";
+            Refusal::Spec(Reason::StorageMissing, message.into())
+        })?,
+    };
+    let deadline_seconds = match &common.deadline {
+        None => None,
+        Some(text) => Some(
+            text.seconds()
+                .filter(|seconds| *seconds > 0)
+                .and_then(|seconds| i64::try_from(seconds).ok())
+                .ok_or_else(|| spec_invalid("spec.deadline must be a duration above 0, such as 30m".into()))?,
+        ),
+    };
+    if let Some(circle) = circle(&this, resource, observed) {
+        let message = format!("the resource depends on itself: {circle}; break the circle");
+        return Err(Refusal::Spec(Reason::ReferenceCycle, message));
+    }
+    // The plain fields are judged before the inputs are there: a wrong one should not wait for hours to be named.
+    let wanted = resource.inputs();
+    let placeholders: Vec<Input> = wanted
+        .iter()
+        .map(placeholder)
+        .collect::<Result<_, _>>()
+        .map_err(spec_invalid)?;
+    resource.stage(&placeholders).map_err(spec_invalid)?;
+    resource.fits(observed).map_err(spec_invalid)?;
+
+    let inputs: Vec<Input> = wanted
+        .iter()
+        .map(|input| resolve(input, &namespace, observed))
+        .collect::<Result<_, _>>()?;
+    let stage = resource.stage(&inputs).map_err(spec_invalid)?;
+    let run_id = run_id(T::RUN_KIND, &stage, common.run_generation.unwrap_or(0));
+    let output = storage.join(&format!(
+        "{namespace}/{}/{name}/{run_id}",
+        T::RUN_KIND.name().to_lowercase()
+    ));
+    let mut claims = Claims::default();
+    inputs.iter().for_each(|input| claims.read(&input.uri));
+    if let Stage::Curate(config) = &stage {
+        config.sources.iter().for_each(|source| claims.read(&source.uri));
+    }
+    claims.write(&output);
+    Ok(Order {
+        kind: T::RUN_KIND,
+        owner: owner(resource),
+        run_id,
+        inputs,
+        stage,
+        output,
+        claims,
+        retries: common.retries.unwrap_or(DEFAULT_RETRIES),
+        deadline_seconds,
+        suspend: common.suspend.unwrap_or(false),
+        sizes: T::SIZES,
+        pod,
+        image: env.runtime_image.clone(),
+        resource: Resource {
+            kind: T::RUN_KIND.name().into(),
+            namespace,
+            name,
+        },
+    })
+}
+
+/// The reference that makes `resource` the owner of something.
+pub fn owner<T: Runs>(resource: &T) -> OwnerReference {
+    OwnerReference {
+        api_version: T::api_version(&()).into_owned(),
+        kind: T::kind(&()).into_owned(),
+        name: resource.name_any(),
+        uid: resource.uid().unwrap_or_default(),
+        controller: Some(true),
+        block_owner_deletion: Some(true),
+    }
+}
+
+fn check_name(name: &str) -> Result<(), String> {
+    let plain = name
+        .chars()
+        .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-');
+    if plain && name.len() <= MAX_RESOURCE_NAME && name.starts_with(|c: char| c.is_ascii_lowercase()) {
+        return Ok(());
+    }
+    Err(format!(
+        "metadata.name must begin with a letter, hold only a-z, 0-9 and '-', and have at most {MAX_RESOURCE_NAME} \
+         characters: Jobs, Services and labels are named after it"
+    ))
+}
+
+fn check_pod(pod: &PodOverrides) -> Result<(), String> {
+    if let Some(variable) = pod.env.iter().find(|variable| variable.name.starts_with("STRATA_")) {
+        return Err(format!(
+            "spec.pod.env: {} is Strata's: choose a name that does not begin with STRATA_",
+            variable.name
+        ));
+    }
+    if let Some(key) = pod.labels.keys().find(|key| labels::is_ours(key)) {
+        return Err(format!("spec.pod.labels: {key} is set by Strata: choose another key"));
+    }
+    match pod.annotations.keys().find(|key| key.starts_with(labels::GROUP_PREFIX)) {
+        Some(key) => Err(format!(
+            "spec.pod.annotations: {key} is set by Strata: choose another key"
+        )),
+        None => Ok(()),
+    }
+}
+
+/// The way from `this` back to itself, if there is one.
+fn circle<T: Runs>(this: &Ref, resource: &T, observed: &Observed) -> Option<String> {
+    let mut ways: Vec<Vec<Ref>> = super::refs(resource).into_iter().map(|to| vec![to]).collect();
+    let mut seen = std::collections::BTreeSet::new();
+    while let Some(way) = ways.pop() {
+        let here = way.last()?;
+        if here == this {
+            let names: Vec<String> = std::iter::once(this).chain(&way).map(Ref::to_string).collect();
+            return Some(names.join(" → "));
+        }
+        if seen.insert(here.clone()) {
+            for next in observed
+                .upstream
+                .get(here)
+                .into_iter()
+                .flat_map(|upstream| &upstream.refs)
+            {
+                ways.push(way.iter().chain([next]).cloned().collect());
+            }
+        }
+    }
+    None
+}
+
+/// An input that stands for one that may not be there yet.
+fn placeholder(input: &InputRef) -> Result<Input, String> {
+    let uri = match &input.source {
+        Source::Artifact { .. } => Uri::File("/".into()),
+        Source::Plain(text) => text.parse().map_err(|error| format!("{}: {error}", input.name))?,
+    };
+    Ok(Input {
+        name: input.name.clone(),
+        uri,
+        digest: None,
+        bytes: None,
+        resource: None,
+    })
+}
+
+fn resolve(input: &InputRef, namespace: &str, observed: &Observed) -> Result<Input, Refusal> {
+    let (from, pinned) = match &input.source {
+        Source::Artifact { from, digest } => (from, digest),
+        Source::Plain(_) => return placeholder(input).map_err(|message| Refusal::Spec(Reason::SpecInvalid, message)),
+    };
+    let Some(upstream) = observed.upstream.get(from) else {
+        let message = format!("{from} ({}) does not exist: apply it, or correct the name", input.name);
+        return Err(Refusal::Inputs(Reason::ReferenceNotFound, message));
+    };
+    let Some(artifact) = &upstream.artifact else {
+        let why = match &upstream.not_ready {
+            Some((reason, message)) => format!("{reason}: {message}"),
+            None => "no status yet".into(),
+        };
+        let message = format!("waiting for {from} to publish ({why})");
+        return Err(Refusal::Inputs(Reason::WaitingForInput, message));
+    };
+    if let Some(pinned) = pinned
+        && *pinned != artifact.digest
+    {
+        let message = format!(
+            "{from} published {}, not the pinned {pinned}: correct the digest or leave it out",
+            artifact.digest
+        );
+        return Err(Refusal::Inputs(Reason::DigestNotFound, message));
+    }
+    let uri = artifact.uri.parse().map_err(|error| {
+        Refusal::Inputs(
+            Reason::WaitingForInput,
+            format!("the artifact of {from} has no usable address: {error}"),
+        )
+    })?;
+    Ok(Input {
+        name: input.name.clone(),
+        uri,
+        digest: Some(artifact.digest.clone()),
+        bytes: u64::try_from(artifact.bytes).ok(),
+        resource: Some(Resource {
+            kind: from.kind.name().into(),
+            namespace: namespace.into(),
+            name: from.name.clone(),
+        }),
+    })
+}
+
+/// Hash of what determines the result: the stage without what only says where things are or how often to save.
+fn run_id(kind: ResourceKind, stage: &Stage, run_generation: i64) -> String {
+    let mut stage = stage.clone();
+    let fixed = Checkpoint {
+        every_seconds: 0,
+        keep: 0,
+    };
+    let inputs: Vec<&mut Input> = match &mut stage {
+        Stage::Curate(_) => Vec::new(),
+        Stage::Pretrain(config) => {
+            config.checkpoint = fixed;
+            config.datasets.iter_mut().collect()
+        }
+        Stage::Align(config) => {
+            config.checkpoint = fixed;
+            let capability = config.evaluation.capability.iter_mut();
+            capability
+                .chain(&mut config.datasets)
+                .chain([&mut config.base])
+                .collect()
+        }
+        Stage::Quantize(config) => vec![&mut config.model],
+    };
+    for input in inputs {
+        input.bytes = None;
+        input.resource = None;
+        if input.digest.is_some() {
+            input.uri = Uri::File("/".into());
+        }
+    }
+    let mut hash = hash_canonical(&serde_json::json!({
+        "contractVersion": CONTRACT_VERSION,
+        "kind": kind.name(),
+        "stage": stage,
+        "runGeneration": run_generation,
+    }));
+    hash.truncate(16);
+    hash
+}
+
+/// A decimal field's value.
+///
+/// # Errors
+/// A sentence that names the field.
+pub fn decimal(field: &str, value: &Decimal) -> Result<f64, String> {
+    value.value().ok_or_else(|| {
+        format!(
+            "{field} must be a finite decimal number, such as \"0.1\"; got {:?}",
+            value.0
+        )
+    })
+}
+
+/// An integer field as an unsigned one.
+///
+/// # Errors
+/// A sentence that names the field.
+pub fn unsigned<A: Copy + std::fmt::Display, B: TryFrom<A>>(field: &str, value: A) -> Result<B, String> {
+    B::try_from(value).map_err(|_| format!("{field} is out of range: {value}"))
+}
+
+/// Gates as the stage reads them.
+///
+/// # Errors
+/// A sentence that names the field.
+pub fn gates(gates: &[strata_api::Gate]) -> Result<Vec<Gate>, String> {
+    gates
+        .iter()
+        .map(|gate| {
+            let bound = |side: &str, bound: &Option<Decimal>| {
+                let field = format!("gates[{}].{side}", gate.metric);
+                bound.as_ref().map(|value| decimal(&field, value)).transpose()
+            };
+            Ok(Gate {
+                metric: gate.metric.clone(),
+                min: bound("min", &gate.min)?,
+                max: bound("max", &gate.max)?,
+            })
+        })
+        .collect()
+}
+
+/// Checkpoints as the stage reads them.
+///
+/// # Errors
+/// A sentence that names the field.
+pub fn checkpoint(checkpoint: Option<&strata_api::Checkpoint>) -> Result<Checkpoint, String> {
+    let every = checkpoint.and_then(|checkpoint| checkpoint.every.as_ref());
+    let keep = checkpoint.and_then(|checkpoint| checkpoint.keep).unwrap_or(2);
+    let every_seconds = match every {
+        None => 600,
+        Some(text) => text
+            .seconds()
+            .filter(|seconds| *seconds > 0)
+            .ok_or("spec.checkpoint.every must be a duration above 0, such as 10m")?,
+    };
+    Ok(Checkpoint {
+        every_seconds,
+        keep: unsigned("spec.checkpoint.keep", keep)?,
+    })
+}

@@ -1,0 +1,296 @@
+//! From a run's phase, after the server's answers, to what the status says.
+
+use std::time::Duration;
+
+use k8s_openapi::jiff::Timestamp;
+use kube::ResourceExt;
+use strata_api::{
+    ArtifactStatus, AttemptFailure, AttemptOutcome, ConditionType, GateStatus, InputStatus, ProgressStatus, Reason,
+    RunInfo, RunStatus,
+};
+use strata_contract::{Input, Progress, Report};
+
+use super::attempt::{self, State};
+use super::conditions::{Finding, merge, reason, whole_seconds};
+use super::phase::{Ledger, Phase, phase};
+use super::{Order, Runs};
+use crate::engine::kind::{Observed, Refusal, Status};
+
+/// How often a running attempt is asked for its progress.
+pub const PROGRESS_PERIOD: Duration = Duration::from_secs(30);
+
+/// What there is to say about a run; [`Judged::finish`] makes it a status.
+#[derive(Debug)]
+pub struct Judged {
+    /// The status but for its conditions, which are those of before.
+    pub status: RunStatus,
+    /// The conditions.
+    pub findings: Vec<Finding>,
+    /// When to look again if nothing happens.
+    pub requeue: Option<Duration>,
+}
+
+impl Judged {
+    /// The status, with `more` conditions after the run's and before `Ready`.
+    pub fn finish(&self, more: &[Finding], now: Timestamp) -> RunStatus {
+        let findings: Vec<Finding> = self.findings.iter().chain(more).cloned().collect();
+        let mut status = self.status.clone();
+        status.conditions = merge(&findings, &status.conditions, status.observed_generation, now);
+        status
+    }
+}
+
+/// What there is to say about the run of `resource`.
+pub fn judge<T: Runs>(resource: &T, checked: Result<&Order, &Refusal>, observed: &Observed, now: Timestamp) -> Judged {
+    let before = resource
+        .status()
+        .map(|status| status.run_status().clone())
+        .unwrap_or_default();
+    let mut status = before.clone();
+    status.observed_generation = resource.meta().generation;
+    let order = match checked {
+        Ok(order) => order,
+        Err(refusal) => {
+            status.progress = None;
+            return Judged {
+                status,
+                findings: refused(refusal),
+                requeue: None,
+            };
+        }
+    };
+    let ledger = Ledger::read(&order.run_id, &before, observed, now);
+    let phase = phase(order, &ledger, &before, observed, now);
+
+    status.progress = progress(&phase, &ledger, observed, &before);
+    if ledger.attempt > 0 {
+        status.run = Some(run_info(order, &ledger, &phase, &before, now));
+    }
+    let is_new_run = status.run.as_ref().map(|run| &run.id) != before.run.as_ref().map(|run| &run.id);
+    match (&phase, &ledger.report) {
+        (Phase::Publishing(report), _) => publish(&mut status, order, report),
+        (_, Some(report)) => status.gates = gates(report),
+        (_, None) if is_new_run => status.gates = Vec::new(),
+        _ => {}
+    }
+    let (why, message) = succeeded(order, &phase, &ledger, &before);
+    let inputs = match order.inputs.len() {
+        0 => "the spec names only plain URIs".to_owned(),
+        count => format!("{count} of {count} published"),
+    };
+    Judged {
+        status,
+        findings: vec![
+            Finding::new(
+                ConditionType::Accepted,
+                Reason::SpecAccepted,
+                format!("run {}", order.run_id),
+            ),
+            Finding::new(ConditionType::InputsReady, Reason::InputsResolved, inputs),
+            Finding::new(ConditionType::Succeeded, why, message),
+        ],
+        requeue: requeue(&phase, now),
+    }
+}
+
+fn refused(refusal: &Refusal) -> Vec<Finding> {
+    use ConditionType::{Accepted, InputsReady, Succeeded};
+    let blocked = |kind: ConditionType, by: &str| Finding::new(kind, Reason::Blocked, format!("see condition {by}"));
+    match refusal {
+        Refusal::Spec(reason, message) => vec![
+            Finding::new(Accepted, *reason, message.clone()),
+            blocked(InputsReady, "Accepted"),
+            blocked(Succeeded, "Accepted"),
+        ],
+        Refusal::Inputs(reason, message) => vec![
+            Finding::new(Accepted, Reason::SpecAccepted, "the spec can be carried out"),
+            Finding::new(InputsReady, *reason, message.clone()),
+            blocked(Succeeded, "InputsReady"),
+        ],
+    }
+}
+
+fn run_info(order: &Order, ledger: &Ledger, phase: &Phase, before: &RunStatus, now: Timestamp) -> RunInfo {
+    let known = before.run.as_ref().filter(|run| run.id == order.run_id);
+    let report = match phase {
+        Phase::Publishing(report) => Some(report),
+        _ => ledger.report.as_ref(),
+    };
+    let failure = match phase {
+        // Written before the Job is gone: the next attempt then takes the operator's image.
+        Phase::Repin => Some(AttemptFailure {
+            attempt: ledger.attempt,
+            reason: Reason::ImagePullFailed.name().into(),
+            message: format!(
+                "{} cannot be pulled; the next attempt takes {}",
+                ledger.image, order.image
+            ),
+            outcome: AttemptOutcome::Interrupted,
+            time: whole_seconds(now),
+        }),
+        _ => ledger.failure.clone().map(|failure| AttemptFailure {
+            time: whole_seconds(failure.time.0),
+            ..failure
+        }),
+    };
+    RunInfo {
+        id: order.run_id.clone(),
+        attempt: ledger.attempt,
+        failures: ledger.failures,
+        image: ledger.image.clone(),
+        job: ledger
+            .job
+            .as_ref()
+            .map(ResourceExt::name_any)
+            .or_else(|| known.and_then(|run| run.job.clone())),
+        resumed_from_step: report
+            .and_then(|report| report.resumed_from_step)
+            .and_then(|step| i64::try_from(step).ok())
+            .or_else(|| known.and_then(|run| run.resumed_from_step)),
+        failure,
+    }
+}
+
+fn publish(status: &mut RunStatus, order: &Order, report: &Report) {
+    let Some(artifact) = &report.artifact else { return };
+    status.artifact = Some(ArtifactStatus {
+        uri: artifact.uri.to_string(),
+        digest: artifact.digest.clone(),
+        bytes: i64::try_from(artifact.bytes).unwrap_or(i64::MAX),
+        run_id: order.run_id.clone(),
+    });
+    // A report that had to be shortened has no inputs: then they are what was handed in.
+    let inputs = if report.inputs.is_empty() {
+        &order.inputs
+    } else {
+        &report.inputs
+    };
+    status.inputs = inputs.iter().map(input).collect();
+    let finite = report.metrics.iter().filter(|(_, value)| value.is_finite());
+    status.metrics = finite.map(|(name, value)| (name.clone(), value.to_string())).collect();
+    status.gates = gates(report);
+}
+
+fn input(input: &Input) -> InputStatus {
+    InputStatus {
+        name: input.name.clone(),
+        uri: input.uri.to_string(),
+        digest: input.digest.clone(),
+        resource: input
+            .resource
+            .as_ref()
+            .map(|resource| format!("{}/{}", resource.kind, resource.name)),
+    }
+}
+
+fn gates(report: &Report) -> Vec<GateStatus> {
+    let gate = |gate: &strata_contract::GateResult| GateStatus {
+        metric: gate.metric.clone(),
+        value: gate.value.map(|value| value.to_string()),
+        passed: gate.passed,
+    };
+    report.gates.iter().map(gate).collect()
+}
+
+fn progress(phase: &Phase, ledger: &Ledger, observed: &Observed, before: &RunStatus) -> Option<ProgressStatus> {
+    let Phase::Active(State::Running(_)) = phase else {
+        return None;
+    };
+    let pod = ledger.job.as_ref().and_then(|job| attempt::pod_of(job, &observed.pods));
+    let known = pod.and_then(|pod| observed.progress.get(pod.metadata.uid.as_deref()?));
+    match known {
+        Some(progress) => Some(progress_status(progress)),
+        None => before.progress.clone(),
+    }
+}
+
+fn progress_status(progress: &Progress) -> ProgressStatus {
+    let number = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
+    let percent = match progress.total {
+        0 => 0,
+        total => u128::from(progress.done) * 100 / u128::from(total),
+    };
+    ProgressStatus {
+        activity: progress.activity.clone(),
+        done: number(progress.done),
+        total: number(progress.total),
+        unit: progress.unit.clone(),
+        percent: i32::try_from(percent.min(100)).unwrap_or(100),
+    }
+}
+
+fn succeeded(order: &Order, phase: &Phase, ledger: &Ledger, before: &RunStatus) -> (Reason, String) {
+    match phase {
+        Phase::Published => (Reason::Published, published_before(before)),
+        Phase::Publishing(report) => (Reason::Published, attempt::quote(&report.message)),
+        Phase::Superseding => {
+            let message = "the pods of an earlier run or attempt are stopping; they save their work first";
+            (Reason::Pending, message.into())
+        }
+        Phase::Suspended => (Reason::Suspended, "spec.suspend is true; what was saved is kept".into()),
+        Phase::Start { attempt, .. } => (Reason::Pending, format!("attempt {attempt} is about to start")),
+        Phase::Active(State::Waiting(reason, message)) => (*reason, message.clone()),
+        Phase::Active(State::Running(message)) => (Reason::Running, message.clone()),
+        Phase::Active(State::Published(_) | State::Failed(..)) => (Reason::Pending, "the attempt has ended".into()),
+        Phase::Repin => {
+            let message = format!("{} cannot be pulled; starting again with {}", ledger.image, order.image);
+            (Reason::ImagePullFailed, message)
+        }
+        Phase::Backoff { failure, .. } if failure.outcome == AttemptOutcome::Interrupted => {
+            let message = format!(
+                "attempt {} was interrupted: {}; the next one goes on",
+                failure.attempt, failure.message
+            );
+            (Reason::Interrupted, message)
+        }
+        Phase::Backoff { failure, until } => {
+            let message = format!(
+                "attempt {} failed ({}): {}; failure {} of {} that are allowed, next attempt at {}",
+                failure.attempt,
+                failure.reason,
+                failure.message,
+                ledger.failures,
+                order.retries,
+                whole_seconds(*until).0
+            );
+            (Reason::Retrying, message)
+        }
+        Phase::Failed(failure) => {
+            let why = reason(&failure.reason).unwrap_or(Reason::Internal);
+            let last = match failure.outcome {
+                AttemptOutcome::Fatal => "another would end the same way",
+                _ => "spec.retries are used up",
+            };
+            let message = format!(
+                "attempt {} failed: {} ({last}). {}",
+                failure.attempt,
+                failure.message,
+                why.meaning()
+            );
+            (why, message)
+        }
+    }
+}
+
+/// The words that were found when the artifact was published; they are not computed twice.
+fn published_before(before: &RunStatus) -> String {
+    let succeeded = before.conditions.iter().find(|condition| {
+        condition.type_ == ConditionType::Succeeded.name() && condition.reason == Reason::Published.name()
+    });
+    match (succeeded, &before.artifact) {
+        (Some(condition), _) => condition.message.clone(),
+        (None, Some(artifact)) => format!("published {}", artifact.digest),
+        (None, None) => String::new(),
+    }
+}
+
+fn requeue(phase: &Phase, now: Timestamp) -> Option<Duration> {
+    match phase {
+        Phase::Active(State::Running(_)) => Some(PROGRESS_PERIOD),
+        Phase::Backoff { until, .. } => {
+            let wait = Duration::try_from(until.duration_since(now)).unwrap_or(Duration::ZERO);
+            Some(wait.max(Duration::from_millis(100)))
+        }
+        _ => None,
+    }
+}

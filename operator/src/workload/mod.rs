@@ -1,0 +1,9 @@
+//! Builders of Kubernetes objects, shared by the kinds: pure, from checked values to whole objects.
+
+pub mod deployment;
+pub mod job;
+pub mod labels;
+pub mod pod;
+pub mod quantity;
+pub mod service;
+pub mod volume;

@@ -1,0 +1,53 @@
+//! Volumes: which claim a pod mounts, where, and whether it may write.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::api::core::v1::{PersistentVolumeClaimVolumeSource, Volume, VolumeMount};
+use strata_contract::{Uri, VOLUMES_DIR};
+
+/// Claims by name, each with whether it is only read.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Claims(BTreeMap<String, bool>);
+
+impl Claims {
+    /// Adds the claim of something that is read.
+    pub fn read(&mut self, uri: &Uri) {
+        if let Some(claim) = uri.claim() {
+            self.0.entry(claim.to_owned()).or_insert(true);
+        }
+    }
+
+    /// Adds the claim of something that is written.
+    pub fn write(&mut self, uri: &Uri) {
+        if let Some(claim) = uri.claim() {
+            self.0.insert(claim.to_owned(), false);
+        }
+    }
+
+    /// The volumes and their mounts: every claim at `VOLUMES_DIR/CLAIM`.
+    pub fn volumes(&self) -> (Vec<Volume>, Vec<VolumeMount>) {
+        self.0
+            .iter()
+            .enumerate()
+            .map(|(index, (claim, read_only))| {
+                // A claim's name may hold dots, a volume's may not: so they are numbered.
+                let name = format!("claim-{index}");
+                let volume = Volume {
+                    name: name.clone(),
+                    persistent_volume_claim: Some(PersistentVolumeClaimVolumeSource {
+                        claim_name: claim.clone(),
+                        read_only: read_only.then_some(true),
+                    }),
+                    ..Volume::default()
+                };
+                let mount = VolumeMount {
+                    name,
+                    mount_path: format!("{VOLUMES_DIR}/{claim}"),
+                    read_only: read_only.then_some(true),
+                    ..VolumeMount::default()
+                };
+                (volume, mount)
+            })
+            .unzip()
+    }
+}
