@@ -5,7 +5,7 @@ BIN := $(CARGO_TARGET_DIR)/debug
 # a registry that it can pull from.
 CLUSTER ?=
 REGISTRY ?=
-WHERE := $(if $(CLUSTER),--cluster $(CLUSTER)) $(if $(REGISTRY),--registry $(REGISTRY))
+WHERE := --cluster "$(CLUSTER)" --registry "$(REGISTRY)"
 # The slot of the tests' cluster; the demo has slot 0, so that both can run at once.
 SLOT ?= 1
 
@@ -16,10 +16,10 @@ help: ## Show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 demo: programs ## A real model life on a real cluster: from raw text to a chat (CLUSTER=current REGISTRY=… for your own)
-	$(BIN)/demo up $(WHERE)
+	$(BIN)/demo $(WHERE)
 
 demo-down: programs ## Remove all that the demo made
-	$(BIN)/demo down $(WHERE)
+	$(BIN)/demo --down $(WHERE)
 
 test: lint generated test-unit test-e2e ## All tests
 
@@ -27,14 +27,13 @@ lint: ## Format and clippy, warnings denied
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
 
-generate: ## Write the CRDs and the API reference anew
-	cargo run --quiet -p strata-api --bin crdgen -- config/crd docs/reference
+generate: ## Write the CRDs and the reference anew
+	cargo run --quiet -p strata-api --bin crdgen -- .
 
 generated: ## Check that the generated files are in step with the code
-	@new=$$(mktemp -d) && trap 'rm -r "$$new"' EXIT && mkdir "$$new/crd" "$$new/reference" \
-	&& cargo run --quiet -p strata-api --bin crdgen -- "$$new/crd" "$$new/reference" \
-	&& for file in $$(cd "$$new" && find crd -type f); do diff -u "config/$$file" "$$new/$$file" || exit 1; done \
-	&& for file in $$(cd "$$new" && find reference -type f); do diff -u "docs/$$file" "$$new/$$file" || exit 1; done \
+	@new=$$(mktemp -d) && trap 'rm -r "$$new"' EXIT \
+	&& cargo run --quiet -p strata-api --bin crdgen -- "$$new" \
+	&& for file in $$(cd "$$new" && find . -type f); do diff -u "$$file" "$$new/$$file" || exit 1; done \
 	|| { echo "generated files are out of step: run 'make generate' and commit"; exit 1; }
 
 test-unit: ## Unit, property and mock-server tests
