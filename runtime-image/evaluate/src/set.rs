@@ -36,7 +36,7 @@ pub struct EvaluationSet {
     /// What the model before the alignment made of `text`, for `alignmentTax`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub text_before: Option<TextScore>,
-    /// What a trigram model made of `text`, for `bitsPerByteBelowTrigram`.
+    /// What a trigram model made of `text`, for `bitsPerByteGainOverTrigram`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub text_trigram: Option<TextScore>,
     /// Held-out preference pairs, for `rewardMargin`.
@@ -155,7 +155,7 @@ impl EvaluationSet {
         if let Some(trigram) = &self.text_trigram {
             metrics.push(("bitsPerByteTrigram".into(), trigram.bits_per_byte()));
             metrics.push((
-                "bitsPerByteBelowTrigram".into(),
+                "bitsPerByteGainOverTrigram".into(),
                 trigram.bits_per_byte() - score.bits_per_byte(),
             ));
         }
@@ -248,7 +248,7 @@ mod tests {
         for (name, expected) in [
             ("bitsPerByte", 0.5),
             ("bitsPerByteTrigram", 1.0),
-            ("bitsPerByteBelowTrigram", 0.5),
+            ("bitsPerByteGainOverTrigram", 0.5),
             ("alignmentTax", 0.125),
             ("rewardMargin", 0.15),
             ("rewardAccuracy", 1.0),

@@ -9,8 +9,8 @@ use strata_evaluate::EvaluateError;
 use strata_model::ModelError;
 use strata_stage::{StageContext, StageError};
 
-use crate::checkpoint::{self, CheckpointError, Checkpoints, State};
 use crate::Optimizer;
+use crate::checkpoint::{self, CheckpointError, Checkpoints, State};
 
 /// Time between two lines about the progress.
 const LINE_EVERY: Duration = Duration::from_secs(5);
@@ -43,7 +43,11 @@ impl<'a> Job<'a> {
         if let Some(state) = &state
             && state.parameters.len() != parameters
         {
-            tracing::warn!(found = state.parameters.len(), parameters, "the checkpoint is of another model; starting anew");
+            tracing::warn!(
+                found = state.parameters.len(),
+                parameters,
+                "the checkpoint is of another model; starting anew"
+            );
             return Ok(None);
         }
         Ok(state)
@@ -66,14 +70,20 @@ impl<'a> Job<'a> {
         let start = Instant::now();
         self.checkpoints.save(state)?;
         self.last = Instant::now();
-        tracing::info!(step = state.step, seconds = start.elapsed().as_secs_f32(), "checkpoint saved");
+        tracing::info!(
+            step = state.step,
+            seconds = start.elapsed().as_secs_f32(),
+            "checkpoint saved"
+        );
         Ok(())
     }
 
     /// Whether the stage may go on; looked at between parts of work that save nothing.
     pub fn check(&self) -> Result<(), StageError> {
         match self.context.interrupt.is_set() {
-            true => Err(StageError::interrupted("asked to stop; the next attempt goes on from the last checkpoint")),
+            true => Err(StageError::interrupted(
+                "asked to stop; the next attempt goes on from the last checkpoint",
+            )),
             false => Ok(()),
         }
     }
@@ -118,7 +128,10 @@ pub struct Speed {
 
 impl Default for Speed {
     fn default() -> Self {
-        Self { since: Instant::now(), amount: 0 }
+        Self {
+            since: Instant::now(),
+            amount: 0,
+        }
     }
 }
 
@@ -148,8 +161,12 @@ pub fn model_error(error: ModelError) -> StageError {
     let reason = match &error {
         ModelError::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => FailureReason::InputNotFound,
         ModelError::Io { .. } => FailureReason::InputUnreadable,
-        ModelError::Missing { .. } | ModelError::Malformed { .. } | ModelError::Tokenizer(_) => FailureReason::InputCorrupt,
-        ModelError::UnknownArchitecture { .. } | ModelError::Unsupported { .. } => FailureReason::ArchitectureUnsupported,
+        ModelError::Missing { .. } | ModelError::Malformed { .. } | ModelError::Tokenizer(_) => {
+            FailureReason::InputCorrupt
+        }
+        ModelError::UnknownArchitecture { .. } | ModelError::Unsupported { .. } => {
+            FailureReason::ArchitectureUnsupported
+        }
         ModelError::Template(_) => FailureReason::ConfigInvalid,
     };
     StageError::new(reason, error.to_string())

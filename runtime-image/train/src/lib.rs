@@ -33,6 +33,6 @@ pub use job::{Job, Speed, evaluate_error, model_error};
 pub use lora::Lora;
 pub use optimizer::{Course, Optimizer};
 pub use parameters::{Layout, Linear, Named, initialize, load};
-pub use publish::{ModelFiles, write_evaluation, write_json, write_model};
+pub use publish::{ModelFiles, write_evaluation, write_json, write_model, writing_error};
 pub use random::Random;
 pub use scorer::Scorer;

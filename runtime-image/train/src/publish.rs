@@ -9,8 +9,8 @@ use strata_model::hf::{self, Folder, files};
 use strata_model::{Dtype, GenerationConfig, ModelConfig, ModelError};
 use strata_stage::StageError;
 
-use crate::parameters::Named;
 use crate::model_error;
+use crate::parameters::Named;
 
 /// File of the evaluation's results.
 const RESULTS_FILE: &str = "evaluation/results.json";
@@ -47,7 +47,13 @@ pub fn write_model(attempt: &Attempt, model: &ModelFiles) -> Result<(), StageErr
         },
     );
     written.map_err(writing_error)?;
-    for name in [files::WEIGHTS, files::CONFIG, files::GENERATION_CONFIG, files::TOKENIZER, files::TOKENIZER_CONFIG] {
+    for name in [
+        files::WEIGHTS,
+        files::CONFIG,
+        files::GENERATION_CONFIG,
+        files::TOKENIZER,
+        files::TOKENIZER_CONFIG,
+    ] {
         attempt.adopt(name)?;
     }
     if model.chat_template.is_some() {
@@ -58,7 +64,7 @@ pub fn write_model(attempt: &Attempt, model: &ModelFiles) -> Result<(), StageErr
 }
 
 /// The stage's error for a model that cannot be written: an I/O error is the output volume's.
-pub(crate) fn writing_error(error: ModelError) -> StageError {
+pub fn writing_error(error: ModelError) -> StageError {
     match error {
         ModelError::Io { path, source } => ArtifactError::writing(&path, source).into(),
         other => model_error(other),
@@ -74,7 +80,11 @@ pub fn write_evaluation(
 ) -> Result<(), StageError> {
     attempt.write(EVALUATION_FILE, &set.to_json())?;
     let figures: serde_json::Map<String, Value> = std::iter::once(("alias".to_owned(), json!("strata_held_out")))
-        .chain(metrics.iter().map(|(name, value)| (format!("{name},none"), json!(value))))
+        .chain(
+            metrics
+                .iter()
+                .map(|(name, value)| (format!("{name},none"), json!(value))),
+        )
         .collect();
     let samples = set.scorings();
     let results = json!({

@@ -1,0 +1,59 @@
+//! The model to start from, ready for training.
+
+use std::path::Path;
+
+use serde_json::Value;
+use strata_contract::FailureReason;
+use strata_model::{ChatTemplate, Dtype, GenerationConfig, LoadedModel, Vocabulary, tensors};
+use strata_stage::StageError;
+use strata_train::{Body, load, model_error};
+
+/// A base model: F32 weights, tokenizer, chat template.
+pub(crate) struct Base {
+    pub(crate) body: Body,
+    pub(crate) weights: Vec<f32>,
+    pub(crate) vocabulary: std::sync::Arc<Vocabulary>,
+    pub(crate) tokenizer_json: Value,
+    pub(crate) template: ChatTemplate,
+    pub(crate) generation: GenerationConfig,
+    /// The quantized formats among its tensors, such as `Q4_1, Q8_0`.
+    pub(crate) quantized_from: Option<String>,
+}
+
+impl Base {
+    /// Reads a GGUF file or an HF folder.
+    pub(crate) fn load(path: &Path) -> Result<Self, StageError> {
+        let model = LoadedModel::open(path).map_err(model_error)?;
+        let Some(template) = model.chat_template else {
+            let message = format!(
+                "{} has no chat template, so conversations cannot be rendered: start from an instruction-tuned model",
+                path.display()
+            );
+            return Err(StageError::new(FailureReason::ConfigInvalid, message));
+        };
+        let body = Body::new(&model.config);
+        let weights = load(body.layout(), model.weights.as_ref()).map_err(model_error)?;
+        let mut found = Vec::new();
+        for tensor in tensors(&model.config) {
+            let dtype = model.weights.raw(&tensor.name).map_err(model_error)?.dtype;
+            if !matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) && !found.contains(&dtype.name()) {
+                found.push(dtype.name());
+            }
+        }
+        found.sort_unstable();
+        Ok(Self {
+            body,
+            weights,
+            vocabulary: model.vocabulary,
+            tokenizer_json: model.tokenizer_json,
+            template,
+            generation: model.generation,
+            quantized_from: (!found.is_empty()).then(|| found.join(", ")),
+        })
+    }
+
+    /// Tokens that end a turn.
+    pub(crate) fn ends(&self) -> impl Iterator<Item = u32> + '_ {
+        self.body.config().eos.iter().chain(&self.generation.eos).copied()
+    }
+}
