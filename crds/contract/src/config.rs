@@ -151,7 +151,7 @@ pub struct Source {
 
 /// How a source is read.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
+#[serde(rename_all = "camelCase", rename_all_fields = "camelCase")]
 pub enum SourceFormat {
     /// WARC (plain or gzip), HTTP responses with HTML: main text is extracted.
     WebCrawl,

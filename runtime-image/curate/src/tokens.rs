@@ -1,0 +1,121 @@
+//! The last pass: a tokenizer from the training records, and both splits as token files.
+
+use std::sync::Mutex;
+
+use strata_artifact::{ArtifactError, Attempt};
+use strata_contract::{EncodeConfig, FailureReason};
+use strata_encode::{EncodeError, Packer, TextTokenizer, TokenWriter, tokenizer_config_json};
+use strata_stage::{StageContext, StageError};
+
+use crate::figures::{Figures, SplitFigures};
+use crate::filter::{Splits, interrupted};
+use crate::spill::Spill;
+
+/// Trains the tokenizer and writes `tokenizer.json` and the token files.
+pub(crate) fn encode(
+    config: &EncodeConfig,
+    context: &StageContext,
+    attempt: &Attempt,
+    kept: &Splits<Spill>,
+    has_held_out: bool,
+    figures: &mut Figures,
+) -> Result<(), StageError> {
+    context
+        .progress
+        .start("training the tokenizer", "documents", figures.train.documents);
+    let tokenizer = train(config, context, &kept.train)?;
+    let json = tokenizer.to_json().map_err(failed)?;
+    attempt.write("tokenizer.json", json.as_bytes())?;
+    let tokenizer_config = tokenizer_config_json(config.sequence_length_tokens);
+    attempt.write("tokenizer_config.json", tokenizer_config.as_bytes())?;
+
+    context.progress.start(
+        "encoding",
+        "documents",
+        figures.train.documents + figures.held_out.documents,
+    );
+    write_tokens(
+        "train",
+        config,
+        context,
+        attempt,
+        &tokenizer,
+        &kept.train,
+        &mut figures.train,
+    )?;
+    if has_held_out {
+        write_tokens(
+            "test",
+            config,
+            context,
+            attempt,
+            &tokenizer,
+            &kept.held_out,
+            &mut figures.held_out,
+        )?;
+    }
+    Ok(())
+}
+
+fn train(config: &EncodeConfig, context: &StageContext, records: &Spill) -> Result<TextTokenizer, StageError> {
+    // The library asks for texts, not for results: the first error ends the texts, and is looked at when it is done.
+    let error: Mutex<Option<StageError>> = Mutex::new(None);
+    let texts = records.read()?.map_while(|spilled| {
+        let text = match spilled {
+            _ if context.interrupt.is_set() => Err(interrupted()),
+            Ok(spilled) => Ok(spilled.record.body.text()),
+            Err(error) => Err(error.into()),
+        };
+        context.progress.add(1);
+        text.map_err(|found| *error.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(found))
+            .ok()
+    });
+    let trained = TextTokenizer::train(texts, config.vocab_size);
+    match error.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner) {
+        Some(error) => Err(error),
+        None => trained.map_err(failed),
+    }
+}
+
+fn write_tokens(
+    name: &str,
+    config: &EncodeConfig,
+    context: &StageContext,
+    attempt: &Attempt,
+    tokenizer: &TextTokenizer,
+    records: &Spill,
+    figures: &mut SplitFigures,
+) -> Result<(), StageError> {
+    let (bin, idx) = (format!("tokens/{name}.bin"), format!("tokens/{name}.idx"));
+    let path = attempt.place(&bin)?;
+    let writing = |error| ArtifactError::writing(&path, error);
+    let mut writer = TokenWriter::new(attempt.file(&bin)?, tokenizer.vocab_size());
+    let mut packer = Packer::new(config.packing, config.sequence_length_tokens);
+    let mut tokens = Vec::new();
+    for spilled in records.read()? {
+        if context.interrupt.is_set() {
+            return Err(interrupted());
+        }
+        tokenizer
+            .encode_document(&spilled?.record.body.text(), &mut tokens)
+            .map_err(failed)?;
+        packer
+            .push(&tokens, &mut |sequence| writer.push(sequence))
+            .map_err(writing)?;
+        context.progress.add(1);
+    }
+    packer.finish(&mut |sequence| writer.push(sequence)).map_err(writing)?;
+    (figures.tokens, figures.sequences) = (writer.tokens(), writer.sequences());
+    let mut idx = attempt.file(&idx)?;
+    writer.finish(&mut idx).map_err(writing)?.finish()?;
+    idx.finish()?;
+    Ok(())
+}
+
+fn failed(error: EncodeError) -> StageError {
+    let reason = match error {
+        EncodeError::VocabTooSmall(_) | EncodeError::TextTooSmall { .. } => FailureReason::ConfigInvalid,
+        EncodeError::Library(_) | EncodeError::NoEndOfText => FailureReason::Internal,
+    };
+    StageError::new(reason, error.to_string())
+}
