@@ -1,5 +1,6 @@
 //! The one error that a stage ends with: a reason that a machine reads and a sentence for a person.
 
+use strata_artifact::ArtifactError;
 use strata_contract::{FailureReason, GateResult, Report};
 
 /// Why a stage ended without a result.
@@ -46,6 +47,12 @@ impl StageError {
             gates: self.gates.clone(),
             ..Report::failed(self.reason, self.message.clone())
         }
+    }
+}
+
+impl From<ArtifactError> for StageError {
+    fn from(error: ArtifactError) -> Self {
+        Self::new(error.reason(), error.to_string())
     }
 }
 
