@@ -107,6 +107,7 @@ pub struct AlignmentTraining {
     pub warmup_percent: Option<i32>,
     /// Course of the learning rate after the warm-up (default Cosine).
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Schedule")]
     pub schedule: Option<Schedule>,
     /// Seed of the initialization and of the order of the pairs (default 0).
     #[serde(default, skip_serializing_if = "Option::is_none")]

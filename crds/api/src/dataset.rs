@@ -235,6 +235,7 @@ pub struct MinHash {
 pub struct Screen {
     /// E-mail addresses, phone numbers and IP addresses (default Keep; they are counted in any case).
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "PiiAction")]
     pub pii: Option<PiiAction>,
 }
 
@@ -297,6 +298,7 @@ pub struct Sequence {
     pub length_tokens: i32,
     /// How documents are packed (default BestFit).
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Packing")]
     pub packing: Option<Packing>,
 }
 

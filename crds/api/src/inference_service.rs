@@ -57,6 +57,7 @@ pub struct InferenceServiceSpec {
     pub model: ModelSource,
     /// Format of the served weights (default Q8_0).
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "QuantizationFormat")]
     pub quantization: Option<QuantizationFormat>,
     /// What the quantized model must reach before it is served, on the evaluation set that came with the model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -90,6 +91,7 @@ pub struct KvCache {
     pub memory: Option<Quantity>,
     /// Format of keys and values (default F16).
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "KvCacheDtype")]
     pub dtype: Option<KvCacheDtype>,
     /// Whether the blocks of a shared prompt prefix are reused (default true).
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -123,6 +123,7 @@ pub struct Training {
     pub warmup_percent: Option<i32>,
     /// Course of the learning rate after the warm-up (default Cosine).
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Schedule")]
     pub schedule: Option<Schedule>,
     /// Decoupled weight decay on matrices (default 0.1).
     #[serde(default, skip_serializing_if = "Option::is_none")]
