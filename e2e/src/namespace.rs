@@ -53,7 +53,7 @@ where
     let passed = matches!(outcome, Ok(Ok(())));
     if !passed {
         // The test harness shows what is printed only for a test that failed.
-        eprintln!("{}", dump::namespace(&context.client, &context.namespace).await);
+        eprintln!("{}", context.dump().await);
     }
     let removed = context.end().await;
     match outcome {
@@ -166,6 +166,11 @@ impl Context {
         helm.env("KUBECONFIG", self.bed.kubeconfig()).env("NO_PROXY", "*");
         self.run(helm.args(["--namespace", &self.namespace]).args(arguments))
             .await
+    }
+
+    /// Events, pods with their logs and our custom resources, as text: what a failed test prints.
+    pub async fn dump(&self) -> String {
+        dump::namespace(&self.client, &self.namespace).await
     }
 
     async fn run(&self, command: &mut Command) -> Result<String> {

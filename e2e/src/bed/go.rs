@@ -48,6 +48,8 @@ struct Module {
     /// On 2 cores, with nothing in Go's own caches.
     usual_minutes: u32,
     source: Source,
+    /// Variables that the linker sets, so that the programs know their version.
+    stamps: &'static [&'static str],
     programs: &'static [Program],
 }
 
@@ -67,6 +69,11 @@ const MODULES: [Module; 6] = [
         version: "v1.36.3",
         usual_minutes: 15,
         source: Source::Staging("v0.36.3"),
+        stamps: &[
+            "k8s.io/component-base/version.gitVersion={version}",
+            "k8s.io/component-base/version.gitMajor={major}",
+            "k8s.io/component-base/version.gitMinor={minor}",
+        ],
         programs: &[
             Program::KubeApiserver,
             Program::KubeControllerManager,
@@ -81,6 +88,7 @@ const MODULES: [Module; 6] = [
         version: "v3.6.8",
         usual_minutes: 2,
         source: Source::Tools,
+        stamps: &[],
         programs: &[Program::Etcd],
     },
     Module {
@@ -88,6 +96,7 @@ const MODULES: [Module; 6] = [
         version: "v1.15.0",
         usual_minutes: 3,
         source: Source::Main(include_str!("../../manifests/coredns.go.txt")),
+        stamps: &[],
         programs: &[Program::Coredns],
     },
     Module {
@@ -95,6 +104,7 @@ const MODULES: [Module; 6] = [
         version: "v3.22.0",
         usual_minutes: 2,
         source: Source::Tools,
+        stamps: &["helm.sh/helm/v3/internal/version.version={version}"],
         programs: &[Program::Helm],
     },
     Module {
@@ -102,6 +112,7 @@ const MODULES: [Module; 6] = [
         version: "v0.8.0",
         usual_minutes: 1,
         source: Source::Tools,
+        stamps: &["main.version={version}"],
         programs: &[Program::Kubeconform],
     },
     Module {
@@ -109,6 +120,7 @@ const MODULES: [Module; 6] = [
         version: "v0.22.1",
         usual_minutes: 1,
         source: Source::Tools,
+        stamps: &[],
         programs: &[Program::Crane],
     },
 ];
@@ -252,19 +264,15 @@ fn go(folder: &Path) -> Command {
 }
 
 fn linker_flags(module: &Module) -> String {
+    let mut numbers = module.version.trim_start_matches('v').split('.');
+    let (major, minor) = (numbers.next().unwrap_or_default(), numbers.next().unwrap_or_default());
     let mut flags = "-s -w".to_owned();
-    let variables: &[&str] = match module.path {
-        "k8s.io/kubernetes" => &["k8s.io/component-base/version", "k8s.io/client-go/pkg/version"],
-        "helm.sh/helm/v3" => return format!("{flags} -X helm.sh/helm/v3/internal/version.version={}", module.version),
-        _ => &[],
-    };
-    for package in variables {
-        let mut parts = module.version.trim_start_matches('v').split('.');
-        let (major, minor) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
-        flags.push_str(&format!(
-            " -X {package}.gitVersion={} -X {package}.gitMajor={major} -X {package}.gitMinor={minor}",
-            module.version
-        ));
+    for stamp in module.stamps {
+        let stamp = stamp
+            .replace("{version}", module.version)
+            .replace("{major}", major)
+            .replace("{minor}", minor);
+        flags.push_str(&format!(" -X {stamp}"));
     }
     flags
 }
@@ -299,6 +307,12 @@ mod tests {
                       \tother.org/x => other.org/y v1.0.0\n)\nreplace k8s.io/kms => ./staging/src/k8s.io/kms\n";
         let expected = "replace k8s.io/api => k8s.io/api v0.36.3\nreplace k8s.io/kms => k8s.io/kms v0.36.3\n";
         assert_eq!(replacements(go_mod, "v0.36.3"), expected);
+    }
+
+    #[test]
+    fn programs_know_their_version() {
+        let flags = linker_flags(Program::Kubectl.module());
+        assert!(flags.ends_with("version.gitVersion=v1.36.3 -X k8s.io/component-base/version.gitMajor=1 -X k8s.io/component-base/version.gitMinor=36"), "{flags}");
     }
 
     #[test]
