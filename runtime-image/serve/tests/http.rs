@@ -148,6 +148,11 @@ async fn a_chat_is_answered_the_same_whole_and_streamed_under_any_load() {
     )
     .await;
     let long = "word ".repeat(20);
+    let chat = |content: &str, more: Value| {
+        let mut body = chat(content, more);
+        body["max_tokens"] = json!(100);
+        body
+    };
     let (status, whole) = server
         .post(
             "/v1/chat/completions",
@@ -171,7 +176,7 @@ async fn a_chat_is_answered_the_same_whole_and_streamed_under_any_load() {
             whole["usage"]["completion_tokens"].as_u64(),
             whole["usage"]["total_tokens"].as_u64()
         ),
-        (Some(24), Some(prompt + 24))
+        (Some(100), Some(prompt + 100))
     );
 
     let mut tasks = Vec::new();
@@ -203,7 +208,7 @@ async fn a_chat_is_answered_the_same_whole_and_streamed_under_any_load() {
         let usage = &chunks.last().unwrap()["usage"];
         assert_eq!(
             usage["completion_tokens"].as_u64(),
-            (i % 2 == 0).then_some(24),
+            (i % 2 == 0).then_some(100),
             "{usage}"
         );
     }
@@ -217,7 +222,7 @@ async fn a_chat_is_answered_the_same_whole_and_streamed_under_any_load() {
             server.metric("vllm:kv_cache_usage_perc").await == 0.0
         })
         .await;
-    assert_eq!(server.metric("vllm:generation_tokens_total").await, 9.0 * 24.0);
+    assert_eq!(server.metric("vllm:generation_tokens_total").await, 9.0 * 100.0);
     let metrics = server.get("/metrics").await.1;
     for name in [
         "vllm:num_requests_running",

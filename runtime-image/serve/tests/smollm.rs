@@ -39,8 +39,8 @@ fn greedy(model: &LoadedModel, scorer: &mut Scorer, question: &str, most: usize)
 fn the_model_answers_sensibly_and_quantization_costs_little() {
     let model = LoadedModel::open(&common::smollm()).unwrap();
     let mut stored = Scorer::new(&model, Precision::Stored, KvDtype::F16, POSITIONS).unwrap();
-    let answer = greedy(&model, &mut stored, "What is the capital of France?", 12);
-    assert!(answer.contains("Paris"), "{answer:?}");
+    let answer = greedy(&model, &mut stored, "Tell me the capital of Germany.", 12);
+    assert_eq!(answer, "The capital of Germany is Berlin.");
 
     let mut float = Scorer::new(&model, Precision::Float, KvDtype::F32, POSITIONS).unwrap();
     let text = "The sun rose over the hills, and the old farmer walked slowly to the barn, where his horses waited for the morning feed. \

@@ -4,6 +4,11 @@
 //! once for all rows. And each output element is summed in one fixed order that depends on nothing else in the batch, so a
 //! request gets the same bits alone or among others, in one chunk or several, on one thread or many.
 
+#![allow(
+    clippy::needless_range_loop,
+    reason = "an index names the same lane, row or head of several arrays"
+)]
+
 mod attention;
 mod f32;
 mod q8;

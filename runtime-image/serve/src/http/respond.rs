@@ -219,7 +219,9 @@ impl Frame {
             Shape::Chat => {
                 let entry = |prob: &TokenProb| {
                     let text = text(prob);
-                    json!({ "token": text, "logprob": prob.log_prob, "bytes": text.as_bytes() })
+                    // A part of a character has no text of its own.
+                    let bytes = (!text.contains('\u{FFFD}')).then_some(text.as_bytes());
+                    json!({ "token": text, "logprob": prob.log_prob, "bytes": bytes })
                 };
                 let content = probs.iter().map(|(chosen, top)| {
                     let mut all = entry(chosen);
@@ -239,9 +241,12 @@ impl Frame {
                     })
                     .collect();
                 let top = |top: &[TokenProb]| {
-                    top.iter()
-                        .map(|prob| (text(prob), json!(prob.log_prob)))
-                        .collect::<Map<_, _>>()
+                    let mut map = Map::new();
+                    for prob in top {
+                        // Tokens that are parts of characters look alike; the most likely one, which comes first, stands.
+                        map.entry(text(prob)).or_insert(json!(prob.log_prob));
+                    }
+                    map
                 };
                 json!({
                     "tokens": probs.iter().map(|(chosen, _)| text(chosen)).collect::<Vec<_>>(),

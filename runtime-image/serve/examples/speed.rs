@@ -1,0 +1,89 @@
+//! How fast the forward pass is: `cargo run -p strata-serve --example speed -- MODEL`. One JSON line.
+
+use std::io::Write;
+use std::time::Instant;
+
+use strata_kernels::infer::KvDtype;
+use strata_model::LoadedModel;
+use strata_serve::Precision;
+use strata_serve::engine::executor::{Batch, Executor, Row};
+
+const BLOCK_TOKENS: usize = 16;
+const PROMPT: usize = 512;
+const TOKENS: usize = 64;
+const CLIENTS: usize = 8;
+
+/// Rows of `count` tokens from `start` on, in the blocks of sequence `table`.
+fn rows(start: usize, count: usize, table: usize, vocabulary: usize) -> Vec<Row> {
+    let last = start + count - 1;
+    let token = |position: usize| ((position * 7919 + table * 31) % vocabulary) as u32;
+    (start..=last)
+        .map(|position| Row {
+            token: token(position),
+            position: position as u32,
+            table,
+            logits: position == last,
+        })
+        .collect()
+}
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let path = std::env::args().nth(1).ok_or("give the path of a model")?;
+    let begin = Instant::now();
+    let model = LoadedModel::open(path.as_ref())?;
+    let per_sequence = (PROMPT + TOKENS).div_ceil(BLOCK_TOKENS);
+    let (config, weights) = (&model.config, &*model.weights);
+    let blocks = per_sequence * CLIENTS;
+    let mut executor = Executor::new(
+        config,
+        weights,
+        Precision::Stored,
+        KvDtype::F16,
+        BLOCK_TOKENS,
+        blocks,
+        per_sequence * BLOCK_TOKENS,
+    )?;
+    let load_seconds = begin.elapsed().as_secs_f64();
+    let table = |sequence: usize| {
+        ((sequence * per_sequence) as u32..((sequence + 1) * per_sequence) as u32).collect::<Vec<_>>()
+    };
+    let tables: Vec<Vec<u32>> = (0..CLIENTS).map(table).collect();
+    let mut timed = |batches: Vec<Vec<Row>>| {
+        let begin = Instant::now();
+        let tokens: usize = batches.iter().map(Vec::len).sum();
+        for rows in batches {
+            executor.forward(
+                &Batch {
+                    rows,
+                    tables: tables.clone(),
+                },
+                |_, _| (),
+            );
+        }
+        tokens as f64 / begin.elapsed().as_secs_f64()
+    };
+    let decode = |start: usize, clients: usize| -> Vec<Vec<Row>> {
+        let step = |t: usize| {
+            (0..clients)
+                .flat_map(|client| rows(start + t, 1, client, config.vocab_size))
+                .collect()
+        };
+        (0..TOKENS).map(step).collect()
+    };
+    timed(decode(0, 1));
+    let decode_0 = timed(decode(0, 1));
+    let prefill = timed(vec![rows(0, PROMPT, 0, config.vocab_size)]);
+    let decode_512 = timed(decode(PROMPT, 1));
+    let clients = timed(decode(0, CLIENTS));
+    let weight_bytes = executor.weight_bytes();
+    writeln!(
+        std::io::stdout(),
+        "{{\"load_seconds\":{load_seconds:.2},\"decode\":{decode_0:.1},\"decode_depth_512\":{decode_512:.1},\"prefill_512\":{prefill:.1},\
+         \"decode_8_clients\":{clients:.1},\"weight_megabytes\":{:.1},\"decode_gigabytes_per_second\":{:.1},\"isa\":\"{}\",\"threads\":{}}}",
+        weight_bytes as f64 / 1e6,
+        decode_0 * weight_bytes as f64 / 1e9,
+        strata_kernels::cpu::isa().name(),
+        strata_kernels::pool::global().threads(),
+    )?;
+    Ok(())
+}
