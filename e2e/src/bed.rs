@@ -323,17 +323,11 @@ impl Bed {
 
 /// `overlayfs`, except on a file system that is an overlay itself: those do not stack.
 fn snapshotter(state: &Path) -> &'static str {
-    const OVERLAY: i64 = 0x794c_7630;
     let path = std::ffi::CString::new(state.to_string_lossy().as_bytes()).expect("a path holds no NUL");
     // SAFETY: a zeroed statfs is a valid value for the kernel to fill, and the path ends in NUL.
-    let kind = unsafe {
+    let stacked = unsafe {
         let mut info: libc::statfs = std::mem::zeroed();
-        libc::statfs(path.as_ptr(), &raw mut info);
-        info.f_type
+        libc::statfs(path.as_ptr(), &raw mut info) == 0 && info.f_type == libc::OVERLAYFS_SUPER_MAGIC
     };
-    if i64::from(kind) == OVERLAY {
-        "native"
-    } else {
-        "overlayfs"
-    }
+    if stacked { "native" } else { "overlayfs" }
 }
