@@ -56,7 +56,12 @@ impl FailureReason {
     pub fn exit_code(self) -> i32 {
         match self {
             Self::Interrupted => EXIT_INTERRUPTED,
-            Self::Internal | Self::InputUnreadable | Self::StorageFull | Self::StorageUnwritable => EXIT_RETRY,
+            // Whatever puts the data there may still be at it.
+            Self::Internal
+            | Self::InputNotFound
+            | Self::InputUnreadable
+            | Self::StorageFull
+            | Self::StorageUnwritable => EXIT_RETRY,
             _ => EXIT_BAD_INPUT,
         }
     }
