@@ -18,7 +18,7 @@ use crate::{Common, DataUri, Decimal, Gate, RunStatus};
     namespaced,
     status = "RunStatus",
     derive = "PartialEq",
-    shortname = "ds",
+    shortname = "dset",
     category = "strata",
     printcolumn(name = "Task", type_ = "string", json_path = ".spec.task"),
     printcolumn(
