@@ -43,6 +43,6 @@ pub fn images() -> PathBuf {
 
 /// Files fetched from a package registry.
 #[must_use]
-pub fn downloads() -> PathBuf {
-    root().join("downloads")
+pub fn models() -> PathBuf {
+    root().join("models")
 }

