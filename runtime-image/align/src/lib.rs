@@ -28,8 +28,8 @@ use strata_evaluate::{EvaluationSet, Pair, Preferences, TextScore, TextSet, scor
 use strata_model::{Dtype, hf};
 use strata_stage::{StageContext, StageError};
 use strata_train::{
-    Job, Linear, Lora, ModelFiles, Named, Scorer, evaluate_error, model_error, remove_all, write_evaluation,
-    write_json, write_model,
+    Job, Linear, Lora, ModelFiles, Named, Scorer, evaluate_error, remove_all, write_evaluation,
+    write_json, write_model, writing_error,
 };
 
 use crate::base::Base;
@@ -326,7 +326,7 @@ fn write(
     let written = hf::write_safetensors(&path, &tensors, Dtype::F32, &Map::new(), |name| {
         lora.values(adapter, name)
     });
-    written.map_err(model_error)?;
+    written.map_err(writing_error)?;
     attempt.adopt(relative)?;
     write_evaluation(attempt, set, metrics, name)
 }

@@ -158,15 +158,17 @@ impl Layout {
     }
 }
 
-/// Fresh weights: normal with deviation 0.02, the matrices that write to the residual stream scaled by
-/// `1 / sqrt(2 · layers)` (Radford et al. 2019), gains 1.
+/// Fresh weights: normal with deviation `1 / sqrt(3 · inputs)`, which is 0.02 at a width of 768 and what narrow models need
+/// to learn from the first step; the matrices that write to the residual stream scaled by `1 / sqrt(2 · layers)` (Radford
+/// et al. 2019); gains 1.
 pub fn initialize(config: &ModelConfig, layout: &Layout, seed: u64) -> Vec<f32> {
     let mut weights = vec![0f32; layout.len()];
     let mut random = Random::new(seed, 0);
     let residual = 1.0 / (2.0 * config.layers as f64).sqrt();
     for (tensor, range) in &layout.tensors {
         let writes_residual = tensor.name.contains("o_proj") || tensor.name.contains("down_proj");
-        let deviation = 0.02 * if writes_residual { residual } else { 1.0 };
+        let inputs = tensor.shape[tensor.shape.len() - 1] as f64;
+        let deviation = if writes_residual { residual } else { 1.0 } / (3.0 * inputs).sqrt();
         match tensor.role {
             Role::Norm => weights[range.clone()].fill(1.0),
             _ => weights[range.clone()]

@@ -85,7 +85,7 @@ fn maximum(values: &[f32]) -> f32 {
 /// Range reduction by powers of two and a polynomial of degree 6 (the coefficients of Cephes' `expf`), without branches
 /// or calls, so that loops over it vectorize.
 #[inline(always)]
-fn exp(x: f32) -> f32 {
+pub(crate) fn exp(x: f32) -> f32 {
     const ROUND: f32 = 12_582_912.0; // 1.5 · 2^23: adding it rounds to an integer, which its low bits then hold
     let x = x.clamp(-87.3, 88.3);
     let shifted = x * std::f32::consts::LOG2_E + ROUND;
