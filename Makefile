@@ -8,6 +8,8 @@ REGISTRY ?=
 WHERE := --cluster "$(CLUSTER)" --registry "$(REGISTRY)"
 # The slot of the tests' cluster; the demo has slot 0, so that both can run at once.
 SLOT ?= 1
+# Always the whole workspace, filtered by target: with `-p`, cargo would choose other features and compile all anew.
+E2E := bed manifests bad_input release story
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-down test lint generate generated test-unit test-e2e programs bed bed-down
@@ -27,20 +29,21 @@ lint: ## Format and clippy, warnings denied
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
 
-generate: ## Write the CRDs and the reference anew
-	cargo run --quiet -p strata-api --bin crdgen -- .
+generate: programs ## Write the CRDs and the reference anew
+	$(BIN)/crdgen .
 
-generated: ## Check that the generated files are in step with the code
+generated: programs ## Check that the generated files are in step with the code
 	@new=$$(mktemp -d) && trap 'rm -r "$$new"' EXIT \
-	&& cargo run --quiet -p strata-api --bin crdgen -- "$$new" \
+	&& $(BIN)/crdgen "$$new" \
 	&& for file in $$(cd "$$new" && find . -type f); do diff -u "$$file" "$$new/$$file" || exit 1; done \
 	|| { echo "generated files are out of step: run 'make generate' and commit"; exit 1; }
 
-test-unit: ## Unit, property and mock-server tests
+test-unit: programs ## Unit, property and mock-server tests
+	$(BIN)/bed model
 	cargo test --workspace --exclude strata-e2e
 
 test-e2e: bed ## Tests on a real cluster; it stays up when one fails
-	eval "$$($(BIN)/bed env --slot $(SLOT))" && cargo test -p strata-e2e
+	eval "$$($(BIN)/bed env --slot $(SLOT))" && cargo test --workspace $(E2E:%=--test %)
 	$(BIN)/bed down --slot $(SLOT)
 
 programs:

@@ -5,9 +5,12 @@
 
 pub mod audit;
 pub mod bed;
+pub mod demo;
 mod dump;
 pub mod image;
+pub mod install;
 pub mod namespace;
+pub mod strata;
 pub mod wait;
 
 pub use namespace::{Context, with_temp_ns};

@@ -66,6 +66,22 @@ impl Volume {
         Ok(volume)
     }
 
+    /// As [`Volume::create`] without a limit, where the volume may be there from an earlier time with its data.
+    ///
+    /// # Errors
+    /// As [`Volume::create`].
+    pub async fn ensure(bed: &Bed, client: &Client, (namespace, claim): (&str, &str), capacity: &str) -> Result<()> {
+        let name = format!("{namespace}-{claim}");
+        if Api::<PersistentVolume>::all(client.clone())
+            .get_opt(&name)
+            .await?
+            .is_none()
+        {
+            Self::create(bed, client, (namespace, claim), capacity, None).await?;
+        }
+        Ok(())
+    }
+
     /// The folder as this machine sees it, also where only the bed has it mounted.
     ///
     /// # Errors

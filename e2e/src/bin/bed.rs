@@ -29,6 +29,8 @@ enum Command {
     Down(Where),
     /// Builds Strata's images and gives them to a running bed.
     Images(Where),
+    /// Fetches the model of the samples, which tests of the runtime read too, and prints where it is.
+    Model,
     /// Sends Strata's images to a registry.
     Push {
         /// Host and path, as `registry.example.org/team`.
@@ -77,6 +79,10 @@ fn run(command: Command) -> anyhow::Result<()> {
                 Command::Up(at) => Bed::new(at.slot).up().await,
                 Command::Down(at) => Bed::new(at.slot).down(),
                 Command::Images(at) => Bed::new(at.slot).import(&catalog::STRATA),
+                Command::Model => {
+                    command::say(catalog::model()?.display());
+                    Ok(())
+                }
                 Command::Push { registry } => catalog::push(&registry).map(drop),
                 Command::Env(at) => {
                     print_environment(&Bed::new(at.slot));

@@ -1,0 +1,90 @@
+//! Watching a model's life: the four kinds read again and again until the endpoint is ready or something needs a person.
+
+use std::io::IsTerminal as _;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+use kube::api::ListParams;
+use kube::{Api, Client, ResourceExt as _};
+use strata_api::{AlignmentJob, Dataset, InferenceService, PretrainJob, RunStatus};
+
+use super::table::{Row, Table};
+
+/// Time between two looks.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// The resources of one namespace, as rows.
+#[derive(Clone)]
+pub struct Life {
+    client: Client,
+    namespace: String,
+}
+
+impl Life {
+    /// The life in `namespace`.
+    #[must_use]
+    pub fn new(client: Client, namespace: &str) -> Self {
+        Self {
+            client,
+            namespace: namespace.to_owned(),
+        }
+    }
+
+    /// Shows the table until every resource is ready.
+    ///
+    /// # Errors
+    /// A resource needs a person (its message says why), or the deadline is over.
+    pub async fn watch(&self, deadline: Duration) -> Result<()> {
+        let started = Instant::now();
+        let mut table = Table::new(std::io::stdout().is_terminal());
+        loop {
+            let rows = self.rows().await?;
+            table.show(&rows, started.elapsed());
+            if let Some(row) = rows.iter().find(|row| row.ready == "False") {
+                bail!("{} needs a person: {}: {}", row.name, row.reason, row.message);
+            }
+            if !rows.is_empty() && rows.iter().all(|row| row.ready == "True") {
+                return Ok(());
+            }
+            if started.elapsed() > deadline {
+                bail!("after {} min not everything is ready", deadline.as_secs() / 60);
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    /// One row a resource, in the order of a model's life.
+    async fn rows(&self) -> Result<Vec<Row>> {
+        let all = ListParams::default();
+        let mut rows = Vec::new();
+        macro_rules! add {
+            ($kind:ty, $word:literal, $status:expr) => {
+                for object in Api::<$kind>::namespaced(self.client.clone(), &self.namespace)
+                    .list(&all)
+                    .await?
+                {
+                    let status: Option<&RunStatus> = object.status.as_ref().map($status);
+                    rows.push(row($word, &object.name_any(), status));
+                }
+            };
+        }
+        add!(Dataset, "dataset", |status| status);
+        add!(PretrainJob, "pretrainjob", |status| status);
+        add!(AlignmentJob, "alignmentjob", |status| status);
+        add!(InferenceService, "inferenceservice", |status| &status.run_status);
+        Ok(rows)
+    }
+}
+
+fn row(kind: &str, name: &str, status: Option<&RunStatus>) -> Row {
+    let ready = status.and_then(|status| status.conditions.iter().find(|condition| condition.type_ == "Ready"));
+    let progress = status.and_then(|status| status.progress.as_ref());
+    Row {
+        name: format!("{kind}/{name}"),
+        ready: ready.map_or_else(|| "Unknown".into(), |condition| condition.status.clone()),
+        reason: ready.map(|condition| condition.reason.clone()).unwrap_or_default(),
+        message: ready.map(|condition| condition.message.clone()).unwrap_or_default(),
+        percent: progress.map(|progress| progress.percent),
+        activity: progress.map(|progress| progress.activity.clone()).unwrap_or_default(),
+    }
+}
