@@ -10,6 +10,8 @@
 pub mod alignment;
 pub mod dataset;
 pub mod engine;
+#[cfg(test)]
+mod fixtures;
 pub mod inference;
 pub mod leader;
 pub mod metrics;

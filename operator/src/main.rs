@@ -27,7 +27,7 @@ use tokio::sync::watch;
 use tracing_subscriber::EnvFilter;
 
 /// Time for the reconciles under way to end after a signal.
-const STOP_TIMEOUT: Duration = Duration::from_secs(20);
+const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The operator of Strata: datasets, pretraining, alignment and serving of language models on Kubernetes.
 #[derive(Debug, Parser)]

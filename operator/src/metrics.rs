@@ -110,8 +110,19 @@ impl Metrics {
         if before.as_deref() != Some(reason) {
             self.resources.with_label_values(&[key.kind.name(), reason]).inc();
             if let Some(before) = before {
-                self.resources.with_label_values(&[key.kind.name(), &before]).dec();
+                self.one_less(key.kind, &before);
             }
+        }
+    }
+
+    /// A series that counts nothing any more is dropped.
+    fn one_less(&self, kind: ResourceKind, reason: &str) {
+        let labels = [kind.name(), reason];
+        let gauge = self.resources.with_label_values(&labels);
+        gauge.dec();
+        if gauge.get() <= 0 {
+            // It fails only if the series is not there, which is what is wanted.
+            let _ = self.resources.remove_label_values(&labels);
         }
     }
 
@@ -119,7 +130,7 @@ impl Metrics {
     pub fn forget(&self, key: &Key) {
         let mut all = self.ready.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(before) = all.remove(key) {
-            self.resources.with_label_values(&[key.kind.name(), &before]).dec();
+            self.one_less(key.kind, &before);
         }
     }
 

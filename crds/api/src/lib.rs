@@ -3,6 +3,11 @@
 //! These types read leniently (an older operator reads newer objects). What a user may write is bounded by the CRD's
 //! schema and its CEL rules, made from these types by [`crds`]; what the types cannot say, the operator's `check` does.
 
+#![allow(
+    clippy::duplicated_attributes,
+    reason = "printer columns each have a type_, which the lint takes for a repetition"
+)]
+
 mod alignment_job;
 mod common;
 mod condition;

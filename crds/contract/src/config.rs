@@ -64,6 +64,7 @@ pub struct Input {
 }
 
 /// One stage and its parameters.
+#[allow(clippy::large_enum_variant, reason = "a process holds one of them")]
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub enum Stage {

@@ -85,7 +85,7 @@ mod tests {
         index.set(&job, &[to(ResourceKind::Dataset, "a"), to(ResourceKind::Dataset, "b")]);
         index.set(&job, &[to(ResourceKind::Dataset, "b")]);
         assert!(index.dependents(&key(ResourceKind::Dataset, "a")).is_empty());
-        assert_eq!(index.dependents(&key(ResourceKind::Dataset, "b")), [job.clone()]);
+        assert_eq!(index.dependents(&key(ResourceKind::Dataset, "b")), [job]);
         index.retain(|_| false);
         let maps = index.0.into_inner().expect("not poisoned");
         assert!(maps.forward.is_empty() && maps.reverse.is_empty());

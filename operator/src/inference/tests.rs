@@ -1,1 +1,304 @@
+//! What is served while things change, and what is said about it.
 
+use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::api::core::v1::Pod;
+use serde_json::{Value, json};
+use strata_api::{InferenceService, InferenceServiceStatus, Reason};
+use strata_contract::FailureReason;
+
+use super::phase::{serving_pods, standing};
+use crate::engine::kind::{Env, Kind, Observed, Refusal, ResourceKind};
+use crate::fixtures::{
+    Attempt, IMAGE, NOW, at, at_attempt, bad_report, digest, env, good_report, inference, observe, published, started,
+    to,
+};
+
+fn around(c: char) -> Observed {
+    Observed {
+        upstream: [(to(ResourceKind::PretrainJob, "bard"), published(c))].into(),
+        ..Observed::default()
+    }
+}
+
+/// A service whose preparing run of the model `a` has published `a`.
+fn serving(change: Value) -> (InferenceService, Observed) {
+    let mut service = inference("s", change);
+    let mut observed = around('a');
+    let checked = service.check(&observed, &env());
+    let job = started(service.plan(&checked, &observed, at(NOW)));
+    observe(&mut observed, &job, Attempt::Ended(0, "Completed", good_report('a')), 5);
+    service.status = Some(service.report(&checked, &observed, at(NOW)).status);
+    observed.deployment = deployment(&service, &observed, &env());
+    (service, observed)
+}
+
+fn deployment(service: &InferenceService, observed: &Observed, env: &Env) -> Option<Deployment> {
+    service
+        .plan(&service.check(observed, env), observed, at(NOW))
+        .deployment
+}
+
+fn part(deployment: &Deployment, pointer: &str) -> Value {
+    let value = serde_json::to_value(deployment).expect("a Deployment serializes");
+    value.pointer(pointer).cloned().unwrap_or(Value::Null)
+}
+
+const DIGEST: &str = "/spec/template/metadata/annotations/strata.dev~1digest";
+const POD_IMAGE: &str = "/spec/template/spec/containers/0/image";
+
+#[test]
+fn nothing_is_served_before_the_preparing_run_published() {
+    let service = inference("s", json!({}));
+    let observed = around('a');
+    let planned = service.plan(&service.check(&observed, &env()), &observed, at(NOW));
+    assert!(planned.start.is_some() && planned.deployment.is_none() && planned.service.is_none());
+}
+
+#[test]
+fn pods_serve_the_artifact_by_uri_and_digest_read_only() {
+    let (_, observed) = serving(
+        json!({"kvCache": {"memory": "64Mi", "dtype": "F32", "prefixCaching": false}, "maxSequenceTokens": 512}),
+    );
+    let deployment = observed.deployment.expect("served");
+    let command = part(&deployment, "/spec/template/spec/containers/0/command");
+    let words: Vec<&str> = command
+        .as_array()
+        .expect("a command")
+        .iter()
+        .filter_map(Value::as_str)
+        .collect();
+    assert_eq!(words[..2], ["strata-runtime", "serve"]);
+    for pair in [
+        ["--model", "pvc://artifacts/out"],
+        ["--digest", &digest('a')],
+        ["--served-model-name", "s"],
+        ["--kv-cache-memory-bytes", "67108864"],
+        ["--kv-cache-dtype", "f32"],
+        ["--max-model-len", "512"],
+    ] {
+        assert!(words.windows(2).any(|window| window == pair), "{pair:?} in {words:?}");
+    }
+    assert!(!words.contains(&"--enable-prefix-caching"));
+    assert_eq!(
+        part(
+            &deployment,
+            "/spec/template/spec/volumes/0/persistentVolumeClaim/readOnly"
+        ),
+        json!(true)
+    );
+    assert_eq!(
+        part(&deployment, "/spec/strategy/rollingUpdate/maxUnavailable"),
+        json!(0)
+    );
+    assert_eq!(part(&deployment, "/spec/replicas"), json!(2));
+}
+
+#[test]
+fn the_last_good_artifact_stays_while_a_new_one_is_prepared_or_refused() {
+    let (service, before) = serving(json!({}));
+    for how in [
+        Attempt::Running,
+        Attempt::Ended(64, "Error", bad_report(FailureReason::GateFailed)),
+    ] {
+        let mut observed = Observed {
+            deployment: before.deployment.clone(),
+            ..around('b')
+        };
+        let checked = service.check(&observed, &env());
+        let job = started(service.plan(&checked, &observed, at(NOW)));
+        observe(&mut observed, &job, how, 5);
+        let mut after = service.clone();
+        after.status = Some(service.report(&checked, &observed, at(NOW)).status);
+        let deployment = deployment(&after, &observed, &env()).expect("still served");
+        assert_eq!(part(&deployment, DIGEST), json!(digest('a')));
+        let status = after.status.expect("just set");
+        assert_eq!(status.run_status.artifact.expect("published").digest, digest('a'));
+    }
+    // Also when the model's resource is gone: what is served can still be scaled.
+    let gone = Observed {
+        deployment: before.deployment,
+        ..Observed::default()
+    };
+    let mut scaled = service;
+    scaled.spec.replicas = Some(5);
+    let deployment = deployment(&scaled, &gone, &env()).expect("still served");
+    assert_eq!(part(&deployment, "/spec/replicas"), json!(5));
+}
+
+#[test]
+fn an_operator_with_another_image_restarts_no_pod() {
+    let (service, observed) = serving(json!({}));
+    let newer = Env {
+        runtime_image: "strata-runtime:2".into(),
+        ..env()
+    };
+    let deployment = deployment(&service, &observed, &newer);
+    assert_eq!(deployment, observed.deployment);
+    assert_eq!(part(&deployment.expect("served"), POD_IMAGE), json!(IMAGE));
+}
+
+#[test]
+fn suspend_frees_the_serving_pods() {
+    let (mut service, observed) = serving(json!({}));
+    service.spec.common.suspend = Some(true);
+    let deployment = deployment(&service, &observed, &env()).expect("kept");
+    assert_eq!(part(&deployment, "/spec/replicas"), json!(0));
+}
+
+#[test]
+fn a_cache_that_is_no_size_is_refused() {
+    match inference("s", json!({"kvCache": {"memory": "10"}})).check(&around('a'), &env()) {
+        Err(Refusal::Spec(Reason::SpecInvalid, message)) => {
+            assert!(message.contains("spec.kvCache.memory"), "{message}")
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+fn pod(c: char, status: Value) -> Pod {
+    serde_json::from_value(json!({
+        "metadata": {"name": "p", "labels": {"app.kubernetes.io/component": "serve"}, "annotations": {"strata.dev/digest": digest(c)}},
+        "spec": {"containers": [{"name": "strata", "image": IMAGE}]},
+        "status": status,
+    }))
+    .expect("a valid pod")
+}
+
+#[test]
+fn serving_is_said_only_of_pods_that_answer_with_the_current_artifact() {
+    let ready = |c| {
+        pod(
+            c,
+            json!({"phase": "Running", "conditions": [{"type": "Ready", "status": "True"}]}),
+        )
+    };
+    let starting = || pod('a', json!({"phase": "Running"}));
+    let held = |word: &str| {
+        let state = json!({"waiting": {"reason": word}});
+        let container = json!({"name": "strata", "image": "", "imageID": "", "ready": false, "restartCount": 3, "state": state,
+            "lastState": {"terminated": {"exitCode": 70, "reason": "Error", "message": "no such weights"}}});
+        pod('a', json!({"phase": "Pending", "containerStatuses": [container]}))
+    };
+    let unscheduled = pod(
+        'a',
+        json!({"phase": "Pending", "conditions": [
+        {"type": "PodScheduled", "status": "False", "message": "1 Insufficient memory"}]}),
+    );
+    let counts = |generation: i64, updated: i32, replicas: i32, available: i32, complete: bool| -> Deployment {
+        let reason = if complete {
+            "NewReplicaSetAvailable"
+        } else {
+            "ReplicaSetUpdated"
+        };
+        serde_json::from_value(json!({
+            "metadata": {"generation": 2},
+            "status": {"observedGeneration": generation, "updatedReplicas": updated, "replicas": replicas,
+                "availableReplicas": available,
+                "conditions": [{"type": "Progressing", "status": "True", "reason": reason}]},
+        }))
+        .expect("a valid Deployment")
+    };
+    let artifact = published('a').artifact;
+    let whole = || Some(counts(2, 2, 2, 2, true));
+    for (published, wanted, deployment, pods, reason, says) in [
+        (false, 2, None, vec![], Reason::Blocked, "nothing is published"),
+        (true, 2, None, vec![], Reason::RollingOut, "not there yet"),
+        (true, 0, whole(), vec![], Reason::ScaledToZero, "nothing answers"),
+        (
+            true,
+            2,
+            whole(),
+            vec![ready('a'), ready('a')],
+            Reason::Serving,
+            "2 of 2",
+        ),
+        (
+            true,
+            2,
+            whole(),
+            vec![ready('b'), ready('b')],
+            Reason::ReplicasUnavailable,
+            "0 of 2",
+        ),
+        (
+            true,
+            2,
+            Some(counts(1, 2, 2, 2, true)),
+            vec![ready('a'), ready('a')],
+            Reason::RollingOut,
+            "2 of 2",
+        ),
+        (
+            true,
+            2,
+            Some(counts(2, 1, 3, 2, false)),
+            vec![ready('a'), ready('b')],
+            Reason::RollingOut,
+            "1 of 2",
+        ),
+        (
+            true,
+            2,
+            Some(counts(2, 2, 2, 1, true)),
+            vec![ready('a'), starting()],
+            Reason::ReplicasUnavailable,
+            "1 of 2",
+        ),
+        (
+            true,
+            2,
+            whole(),
+            vec![held("CrashLoopBackOff")],
+            Reason::CrashLooping,
+            "exit status 70 (Error: no such weights)",
+        ),
+        (
+            true,
+            2,
+            whole(),
+            vec![held("ImagePullBackOff")],
+            Reason::ImagePullFailed,
+            IMAGE,
+        ),
+        (
+            true,
+            2,
+            Some(counts(2, 1, 2, 1, false)),
+            vec![ready('a'), unscheduled],
+            Reason::RollingOut,
+            "Insufficient memory",
+        ),
+    ] {
+        let artifact = artifact.as_ref().filter(|_| published);
+        let standing = standing(artifact, wanted, deployment.as_ref(), &serving_pods(&pods));
+        assert_eq!(standing.reason, reason, "{says}: {standing:?}");
+        assert!(standing.message.contains(says), "{standing:?}");
+    }
+}
+
+#[test]
+fn the_digest_that_is_served_is_that_of_the_ready_pods() {
+    let ready = |c| {
+        pod(
+            c,
+            json!({"phase": "Running", "conditions": [{"type": "Ready", "status": "True"}]}),
+        )
+    };
+    let mut service = inference("s", json!({}));
+    service.status = Some(InferenceServiceStatus {
+        run_status: at_attempt("x", 1, 0),
+        ..Default::default()
+    });
+    let said = |pods: Vec<Pod>| {
+        let observed = Observed { pods, ..around('a') };
+        let checked = service.check(&observed, &env());
+        service.report(&checked, &observed, at(NOW)).status.serving_digest
+    };
+    assert_eq!(said(vec![ready('a'), ready('a')]), Some(digest('a')));
+    assert_eq!(
+        said(vec![ready('a'), ready('b')]),
+        None,
+        "in the middle of a rollout there is no one digest"
+    );
+    assert_eq!(said(vec![]), None);
+}

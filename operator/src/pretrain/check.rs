@@ -83,7 +83,7 @@ fn shape(llama: &Llama) -> Result<LlamaShape, String> {
     let hidden_size: u32 = unsigned("spec.model.llama.hiddenSize", llama.hidden_size)?;
     let heads: u32 = unsigned("spec.model.llama.heads", llama.heads)?;
     let kv_heads: u32 = unsigned("spec.model.llama.kvHeads", llama.kv_heads.unwrap_or(llama.heads))?;
-    if heads == 0 || kv_heads == 0 || hidden_size % heads != 0 || heads % kv_heads != 0 {
+    if !hidden_size.is_multiple_of(heads) || !heads.is_multiple_of(kv_heads) {
         return Err("spec.model.llama: heads must divide hiddenSize, and kvHeads must divide heads".into());
     }
     let intermediate_size = match llama.intermediate_size {

@@ -206,7 +206,8 @@ fn disruption(pod: &Pod) -> Option<(String, String)> {
 
 fn going(job: &Job, pod: Option<&Pod>) -> State {
     let Some(pod) = pod else {
-        let wait = "the Job has no pod yet; if this lasts, the namespace's quota or PodSecurity may refuse it: see the Job's events";
+        let wait =
+            "the Job's pod is not there yet; if this lasts, quota or PodSecurity may refuse it: see the Job's events";
         return State::Waiting(Reason::Pending, wait.into());
     };
     match waiting(pod) {
@@ -279,7 +280,11 @@ pub fn waiting(pod: &Pod) -> Option<(Reason, String)> {
         Reason::ImagePullFailed => image,
         _ => message,
     };
-    Some((reason, quote(&format!("{word}: {detail}"))))
+    let text = match detail.is_empty() {
+        true => word.to_owned(),
+        false => format!("{word}: {detail}"),
+    };
+    Some((reason, quote(&text)))
 }
 
 /// The status of the container that does the work.

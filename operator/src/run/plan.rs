@@ -34,8 +34,8 @@ pub fn plan<T: Runs>(resource: &T, checked: Result<&Order, &Refusal>, observed: 
         ..Planned::default()
     };
     match phase {
-        Phase::Published | Phase::Publishing(_) | Phase::Backoff { .. } | Phase::Failed(_) => {}
-        Phase::Superseding => {
+        Phase::Publishing(_) | Phase::Backoff { .. } | Phase::Failed(_) => {}
+        Phase::Published | Phase::Superseding => {
             let outdated = observed
                 .jobs
                 .iter()

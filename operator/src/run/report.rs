@@ -63,7 +63,8 @@ pub fn judge<T: Runs>(resource: &T, checked: Result<&Order, &Refusal>, observed:
     let phase = phase(order, &ledger, &before, observed, now);
 
     status.progress = progress(&phase, &ledger, observed, &before);
-    if ledger.attempt > 0 {
+    // What is published needs no Job any more: that one is gone says nothing.
+    if ledger.attempt > 0 && phase != Phase::Published {
         status.run = Some(run_info(order, &ledger, &phase, &before, now));
     }
     let is_new_run = status.run.as_ref().map(|run| &run.id) != before.run.as_ref().map(|run| &run.id);

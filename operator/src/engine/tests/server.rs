@@ -1,0 +1,329 @@
+//! An API server in memory, as much of one as the engine uses, with the controllers of Jobs and Deployments.
+//!
+//! It counts writes, and after a chosen one it does the write but fails the answer: to the operator, that is a crash.
+
+use std::collections::{BTreeMap, HashSet};
+use std::convert::Infallible;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use axum::http::{Method, Request, Response};
+use k8s_openapi::jiff::{SignedDuration, Timestamp};
+use kube::client::Body;
+use serde_json::{Value, json};
+use tower::util::BoxCloneService;
+
+use crate::fixtures::{bad_report, good_report, merge};
+
+/// The server.
+pub struct Server(Mutex<State>);
+
+#[derive(Default)]
+struct State {
+    /// By `PLURAL/NAME`; there is one namespace.
+    objects: BTreeMap<String, Value>,
+    clock: u64,
+    writes: usize,
+    crash_after: Option<usize>,
+    fail_first: HashSet<String>,
+}
+
+impl Server {
+    pub fn new() -> Self {
+        Self(Mutex::default())
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().expect("no test panicked with the lock")
+    }
+
+    /// Puts an object there, as a user would.
+    pub fn add(&self, plural: &str, object: Value) {
+        self.state().create(plural, object);
+    }
+
+    /// The first attempt of the resource with this name fails.
+    pub fn fail_first(&self, resource: &str) {
+        self.state().fail_first.insert(resource.into());
+    }
+
+    /// The answer to this write, counted from 1, is lost.
+    pub fn crash_after(&self, write: usize) {
+        self.state().crash_after = Some(write);
+    }
+
+    /// Writes that were asked for, Events aside.
+    pub fn writes(&self) -> usize {
+        self.state().writes
+    }
+
+    /// All objects but Events, without what differs between two lives: times, UIDs, versions.
+    pub fn picture(&self) -> BTreeMap<String, Value> {
+        let mut objects = self.state().objects.clone();
+        objects.retain(|key, _| !key.starts_with("events/"));
+        objects.values_mut().for_each(still);
+        objects
+    }
+
+    /// As a client's transport.
+    pub fn service(self: &Arc<Self>) -> BoxCloneService<Request<Body>, Response<Body>, Infallible> {
+        let server = self.clone();
+        BoxCloneService::new(tower::service_fn(move |request: Request<Body>| {
+            let server = server.clone();
+            async move {
+                let (parts, body) = request.into_parts();
+                let body = axum::body::to_bytes(axum::body::Body::new(body), usize::MAX)
+                    .await
+                    .expect("a whole body");
+                let body: Value = if body.is_empty() {
+                    Value::Null
+                } else {
+                    serde_json::from_slice(&body).expect("JSON")
+                };
+                let apply = parts
+                    .headers
+                    .get("content-type")
+                    .is_some_and(|kind| kind.as_bytes().starts_with(b"application/apply-patch"));
+                let (code, answer) = server.state().answer(
+                    &parts.method,
+                    parts.uri.path(),
+                    parts.uri.query().unwrap_or(""),
+                    body,
+                    apply,
+                );
+                let text = serde_json::to_vec(&answer).expect("JSON");
+                Ok(Response::builder()
+                    .status(code)
+                    .body(Body::from(text))
+                    .expect("a response"))
+            }
+        }))
+    }
+
+    /// One turn of the Job controller, the Deployment controller and the kubelet.
+    pub fn controllers(&self) {
+        let mut state = self.state();
+        let keys: Vec<String> = state.objects.keys().cloned().collect();
+        for key in keys {
+            match key.split_once('/') {
+                Some(("jobs", _)) => state.run_job(&key),
+                Some(("deployments", name)) => state.run_deployment(&key, name),
+                _ => {}
+            }
+        }
+    }
+}
+
+/// Takes out what two lives may differ in.
+fn still(value: &mut Value) {
+    const MOVING: [&str; 7] = [
+        "uid",
+        "resourceVersion",
+        "creationTimestamp",
+        "lastTransitionTime",
+        "time",
+        "batch.kubernetes.io/controller-uid",
+        "strata.dev/applied",
+    ];
+    match value {
+        Value::Object(map) => {
+            map.retain(|key, _| !MOVING.contains(&key.as_str()));
+            map.values_mut().for_each(still);
+        }
+        Value::Array(items) => items.iter_mut().for_each(still),
+        _ => {}
+    }
+}
+
+fn status(code: u16, reason: &str) -> (u16, Value) {
+    (
+        code,
+        json!({"apiVersion": "v1", "kind": "Status", "status": "Failure", "message": reason, "reason": reason, "code": code}),
+    )
+}
+
+impl State {
+    fn tick(&mut self) -> String {
+        self.clock += 1;
+        self.clock.to_string()
+    }
+
+    fn create(&mut self, plural: &str, mut object: Value) -> Value {
+        let version = self.tick();
+        let metadata = &mut object["metadata"];
+        metadata["resourceVersion"] = json!(version);
+        metadata["generation"] = json!(1);
+        metadata["creationTimestamp"] = json!(Timestamp::now().to_string());
+        if metadata["uid"].is_null() {
+            metadata["uid"] = json!(format!("uid-{version}"));
+        }
+        let key = format!("{plural}/{}", metadata["name"].as_str().expect("a name"));
+        self.objects.insert(key, object.clone());
+        object
+    }
+
+    fn update(&mut self, key: &str, mut object: Value) -> Value {
+        let version = self.tick();
+        object["metadata"]["resourceVersion"] = json!(version);
+        self.objects.insert(key.into(), object.clone());
+        object
+    }
+
+    fn answer(&mut self, method: &Method, path: &str, query: &str, body: Value, apply: bool) -> (u16, Value) {
+        let rest = path.split_once("/namespaces/ns/").expect("a path of the namespace").1;
+        let parts: Vec<&str> = rest.split('/').collect();
+        let plural = parts[0];
+        if method == Method::GET {
+            return match parts.get(1) {
+                Some(name) => match self.objects.get(&format!("{plural}/{name}")) {
+                    Some(object) => (200, object.clone()),
+                    None => status(404, "NotFound"),
+                },
+                None => (200, self.list(plural, query)),
+            };
+        }
+        let answer = self.write(method, &parts, body, apply);
+        if plural != "events" && answer.0 < 300 {
+            self.writes += 1;
+            if self.crash_after == Some(self.writes) {
+                return status(500, "the answer is lost");
+            }
+        }
+        answer
+    }
+
+    fn list(&self, plural: &str, query: &str) -> Value {
+        let selector = query
+            .split('&')
+            .find_map(|part| part.strip_prefix("labelSelector="))
+            .unwrap_or("");
+        let selector = selector.replace("%2F", "/").replace("%3D", "=").replace("%2C", ",");
+        let wanted: Vec<(&str, &str)> = selector.split(',').filter_map(|term| term.split_once('=')).collect();
+        let matches = |object: &Value| {
+            wanted
+                .iter()
+                .all(|(key, value)| object["metadata"]["labels"][*key] == *value)
+        };
+        let prefix = format!("{plural}/");
+        let items: Vec<&Value> = self
+            .objects
+            .iter()
+            .filter(|(key, _)| key.starts_with(&prefix))
+            .map(|(_, object)| object)
+            .filter(|object| matches(object))
+            .collect();
+        json!({"apiVersion": "v1", "kind": "List", "metadata": {"resourceVersion": self.clock.to_string()}, "items": items})
+    }
+
+    fn write(&mut self, method: &Method, parts: &[&str], body: Value, apply: bool) -> (u16, Value) {
+        let plural = parts[0];
+        if method == Method::POST {
+            let key = format!("{plural}/{}", body["metadata"]["name"].as_str().expect("a name"));
+            return match self.objects.contains_key(&key) {
+                true => status(409, "AlreadyExists"),
+                false => (201, self.create(plural, body)),
+            };
+        }
+        let key = format!("{plural}/{}", parts[1]);
+        let Some(there) = self.objects.get(&key).cloned() else {
+            return match apply {
+                true => (201, self.create(plural, body)),
+                false => status(404, "NotFound"),
+            };
+        };
+        match *method {
+            Method::PUT => {
+                assert_eq!(parts.get(2), Some(&"status"), "only the status is replaced");
+                if body["metadata"]["resourceVersion"] != there["metadata"]["resourceVersion"] {
+                    return status(409, "Conflict");
+                }
+                let mut next = there;
+                next["status"] = body["status"].clone();
+                (200, self.update(&key, next))
+            }
+            Method::PATCH => {
+                let uid = &body["metadata"]["uid"];
+                if !uid.is_null() && *uid != there["metadata"]["uid"] {
+                    return status(409, "Conflict");
+                }
+                let mut next = there;
+                let spec = next["spec"].clone();
+                merge(&mut next, body);
+                if next["spec"] != spec {
+                    let generation = next["metadata"]["generation"].as_i64().unwrap_or(0);
+                    next["metadata"]["generation"] = json!(generation + 1);
+                }
+                (200, self.update(&key, next))
+            }
+            Method::DELETE => {
+                let uid = body["preconditions"]["uid"].as_str();
+                if uid.is_some() && uid != there["metadata"]["uid"].as_str() {
+                    return status(409, "Conflict");
+                }
+                self.objects.remove(&key);
+                let owned = there["metadata"]["uid"].clone();
+                self.objects
+                    .retain(|_, object| object["metadata"]["labels"]["batch.kubernetes.io/controller-uid"] != owned);
+                (200, json!({"apiVersion": "v1", "kind": "Status", "status": "Success"}))
+            }
+            _ => status(405, "MethodNotAllowed"),
+        }
+    }
+
+    fn run_job(&mut self, key: &str) {
+        let mut job = self.objects[key].clone();
+        if !job["status"].is_null() {
+            return;
+        }
+        let labels = &job["spec"]["template"]["metadata"]["labels"];
+        let first = labels["strata.dev/attempt"] == "1";
+        let fails = first
+            && labels["strata.dev/name"]
+                .as_str()
+                .is_some_and(|name| self.fail_first.contains(name));
+        let (code, message) = match fails {
+            true => (70, bad_report(strata_contract::FailureReason::StorageFull)),
+            false => (0, good_report('a')),
+        };
+        let mut labels = labels.clone();
+        labels["batch.kubernetes.io/controller-uid"] = job["metadata"]["uid"].clone();
+        let state = json!({"terminated": {"exitCode": code, "message": message}});
+        let pod = json!({
+            "apiVersion": "v1", "kind": "Pod",
+            "metadata": {"name": format!("{}-pod", job["metadata"]["name"].as_str().expect("a name")), "namespace": "ns", "labels": labels},
+            "spec": job["spec"]["template"]["spec"],
+            "status": {"phase": if fails { "Failed" } else { "Succeeded" }, "containerStatuses": [{"name": "strata", "image": "", "imageID": "",
+                "ready": false, "restartCount": 0, "state": state}]},
+        });
+        self.create("pods", pod);
+        // It ended long ago, so that no test waits for the pause before the next attempt.
+        let ended = Timestamp::now() - SignedDuration::from_hours(1);
+        job["status"] = json!({"conditions": [{"type": if fails { "Failed" } else { "Complete" }, "status": "True",
+            "lastTransitionTime": ended.to_string()}]});
+        self.update(key, job);
+    }
+
+    fn run_deployment(&mut self, key: &str, name: &str) {
+        let mut deployment = self.objects[key].clone();
+        let Some(replicas) = deployment["spec"]["replicas"].as_i64() else {
+            return;
+        };
+        let generation = deployment["metadata"]["generation"].clone();
+        if deployment["status"]["observedGeneration"] == generation {
+            return;
+        }
+        for index in 0..replicas {
+            let mut metadata = deployment["spec"]["template"]["metadata"].clone();
+            metadata["name"] = json!(format!("{name}-{index}"));
+            metadata["namespace"] = json!("ns");
+            let status = json!({"phase": "Running", "conditions": [{"type": "Ready", "status": "True"}]});
+            let spec = deployment["spec"]["template"]["spec"].clone();
+            self.create(
+                "pods",
+                json!({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec, "status": status}),
+            );
+        }
+        deployment["status"] = json!({"observedGeneration": generation, "replicas": replicas, "updatedReplicas": replicas,
+            "readyReplicas": replicas, "availableReplicas": replicas});
+        self.update(key, deployment);
+    }
+}
