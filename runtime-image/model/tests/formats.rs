@@ -1,5 +1,10 @@
 //! What is written is read back; what is broken is refused with an error and never with a panic.
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "in a test an unwrap is an assertion, also in its helpers"
+)]
+
 use std::path::Path;
 
 use proptest::prelude::*;

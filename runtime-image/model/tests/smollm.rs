@@ -1,5 +1,10 @@
 //! The real model of the foundation: SmolLM2-135M-Instruct as a GGUF file.
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "in a test an unwrap is an assertion, also in its helpers"
+)]
+
 use std::path::PathBuf;
 use std::sync::OnceLock;
 

@@ -1,5 +1,10 @@
 //! The stage from a published model to a published file.
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "in a test an unwrap is an assertion, also in its helpers"
+)]
+
 use std::collections::BTreeMap;
 use std::path::Path;
 

@@ -1,6 +1,9 @@
 //! The forward pass against the plainest possible one, and the promise that a request's bits depend on nothing but itself.
 
-mod common;
+#![allow(
+    clippy::unwrap_used,
+    reason = "in a test an unwrap is an assertion, also in its helpers"
+)]
 
 use strata_kernels::infer::KvDtype;
 use strata_model::synthetic::{tiny_config, weights};

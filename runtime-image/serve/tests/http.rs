@@ -1,14 +1,18 @@
 //! The OpenAI API over a real socket, with a synthetic model.
 
-mod common;
+#![allow(
+    clippy::unwrap_used,
+    reason = "in a test an unwrap is an assertion, also in its helpers"
+)]
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
 use reqwest::{Client, StatusCode};
 use serde_json::{Value, json};
-use strata_model::ModelConfig;
-use strata_model::synthetic::tiny_config;
+use strata_model::synthetic::{CHAT_TEMPLATE, byte_tokenizer, tiny_config, weights};
+use strata_model::{Dtype, GenerationConfig, ModelConfig, hf};
 use strata_serve::{ServeArgs, ServeError, Server};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -19,6 +23,23 @@ const DEADLINE: Duration = Duration::from_secs(30);
 struct Cli {
     #[command(flatten)]
     serve: ServeArgs,
+}
+
+/// Writes a synthetic model as a Hugging Face folder.
+fn write_model(folder: &Path, config: &ModelConfig) {
+    let generation = GenerationConfig {
+        eos: config.eos.clone(),
+        ..GenerationConfig::default()
+    };
+    let files = hf::Folder {
+        config,
+        weights: &weights(config, 11),
+        dtype: Dtype::F32,
+        tokenizer_json: &byte_tokenizer(),
+        chat_template: Some(CHAT_TEMPLATE),
+        generation: &generation,
+    };
+    hf::write(folder, &files).unwrap();
 }
 
 struct Running {
@@ -32,7 +53,7 @@ struct Running {
 impl Running {
     async fn start(arguments: &str) -> Running {
         let folder = tempfile::tempdir().unwrap();
-        common::write_model(
+        write_model(
             folder.path(),
             &ModelConfig {
                 max_positions: 2048,

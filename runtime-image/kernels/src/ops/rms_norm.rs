@@ -83,9 +83,9 @@ pub fn rms_norm_backward(
     pool::parallel_for_min(width, 64, |columns| {
         // SAFETY: each column is given to one chunk.
         let sum = unsafe { dweight.slice_mut(columns.clone()) };
-        for row in 0..rows {
+        for (row, inverse) in inverse.iter().enumerate() {
             let at = row * width + columns.start..row * width + columns.end;
-            add_scaled_product(sum, &dy[at.clone()], &x[at], inverse[row]);
+            add_scaled_product(sum, &dy[at.clone()], &x[at], *inverse);
         }
     });
 }

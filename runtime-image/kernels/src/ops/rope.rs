@@ -55,7 +55,7 @@ pub fn rope(x: &mut [f32], positions: &[u32], table: &RopeTable, turn: Turn) {
     }
     let width = x.len() / rows;
     assert!(
-        x.len() == rows * width && width % (2 * half) == 0,
+        x.len() == rows * width && width.is_multiple_of(2 * half),
         "rope: shapes differ"
     );
     let sign = if turn == Turn::Forward { 1.0 } else { -1.0 };
