@@ -28,8 +28,8 @@ use strata_evaluate::{EvaluationSet, Pair, Preferences, TextScore, TextSet, scor
 use strata_model::{Dtype, hf};
 use strata_stage::{StageContext, StageError};
 use strata_train::{
-    Job, Linear, Lora, ModelFiles, Named, Scorer, evaluate_error, remove_all, write_evaluation,
-    write_json, write_model, writing_error,
+    Job, Linear, Lora, ModelFiles, Named, Scorer, evaluate_error, remove_all, write_evaluation, write_json,
+    write_model, writing_error,
 };
 
 use crate::base::Base;

@@ -161,14 +161,10 @@ fn what_is_published_loads_and_scores_as_it_was_measured() {
     let weights = load(body.layout(), model.weights.as_ref()).unwrap();
     let set = EvaluationSet::read(&content.join(EVALUATION_FILE), model.config.vocab_size).unwrap();
     let metrics = set.measure(&mut Scorer::new(&body, &weights), || true).unwrap();
-    assert_eq!(
-        metrics["bitsPerByte"].to_bits(),
-        report.metrics["bitsPerByte"].to_bits()
-    );
-    assert_eq!(
-        metrics["bitsPerByteGainOverTrigram"],
-        report.metrics["bitsPerByteGainOverTrigram"]
-    );
+    // A manifest rounds its figures.
+    for name in ["bitsPerByte", "bitsPerByteGainOverTrigram"] {
+        assert!((metrics[name] - report.metrics[name]).abs() < 1e-9, "{name}");
+    }
 }
 
 #[test]
