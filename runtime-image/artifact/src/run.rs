@@ -52,6 +52,30 @@ pub struct Draft {
     pub facts: BTreeMap<String, String>,
 }
 
+impl Draft {
+    fn with(self, files: Vec<FileEntry>) -> Content {
+        let Self {
+            kind,
+            run_id,
+            inputs,
+            config,
+            metrics,
+            gates,
+            facts,
+        } = self;
+        Content {
+            kind,
+            run_id,
+            inputs,
+            config,
+            files,
+            metrics,
+            gates,
+            facts,
+        }
+    }
+}
+
 /// The steps of a publication, in their order; a test stops after each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Step {
@@ -238,26 +262,7 @@ impl Attempt {
         folders.iter().try_for_each(|folder| sync(folder))?;
         after(Step::ContentSynced)?;
 
-        let Draft {
-            kind,
-            run_id,
-            inputs,
-            config,
-            metrics,
-            gates,
-            facts,
-        } = draft;
-        let files = files.into_values().collect();
-        let content = Content {
-            kind,
-            run_id,
-            inputs,
-            config,
-            files,
-            metrics,
-            gates,
-            facts,
-        };
+        let content = settle(draft.with(files.into_values().collect()));
         let manifest = Manifest {
             contract_version: CONTRACT_VERSION,
             digest: content.digest(),
@@ -437,6 +442,37 @@ fn link_new(from: &Path, to: &Path) -> Result<bool> {
             Ok(true)
         }
         Err(error) => Err(ArtifactError::writing(to, error)),
+    }
+}
+
+/// `content` with figures that read back as they were written, so that its digest holds.
+///
+/// JSON readers, the one used here among them, may miss the last bit of a long decimal. What has at most 12 significant
+/// digits, 22 decimal places and a size of at most 1e30 is read exactly; figures are rounded to that.
+fn settle(content: Content) -> Content {
+    let mut value = serde_json::to_value(&content).expect("content serializes to JSON");
+    round_figures(&mut value);
+    serde_json::from_value(value).expect("content reads back from its own JSON")
+}
+
+fn round_figures(value: &mut serde_json::Value) {
+    const LARGEST: f64 = 1e30;
+    /// Below it, 12 significant digits reach beyond 22 decimal places.
+    const SMALL: f64 = 1e-10;
+    use serde_json::Value;
+    match value {
+        Value::Number(number) if number.is_f64() => {
+            let figure = number.as_f64().unwrap_or_default().clamp(-LARGEST, LARGEST);
+            let text = if figure.abs() < SMALL {
+                format!("{figure:.22}")
+            } else {
+                format!("{figure:.11e}")
+            };
+            *value = Value::from(text.parse::<f64>().expect("a float that was just written reads back"));
+        }
+        Value::Array(items) => items.iter_mut().for_each(round_figures),
+        Value::Object(map) => map.values_mut().for_each(round_figures),
+        _ => {}
     }
 }
 

@@ -359,7 +359,7 @@ fn what_cannot_be_carried_out_says_why_and_publishes_nothing() {
         ),
         (
             FailureReason::ConfigInvalid,
-            "no rule FineWeb",
+            "has no rule C4ShortLine",
             pages(|c| c["quality"]["preset"] = json!("Gopher")),
         ),
         (

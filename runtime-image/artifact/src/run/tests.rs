@@ -254,6 +254,25 @@ fn an_unfinished_file_leaves_nothing_behind() {
 }
 
 #[test]
+fn whatever_figures_an_artifact_has_its_digest_holds_when_it_is_read() {
+    let root = tempfile::tempdir().unwrap();
+    let (uri, run) = folder(root.path());
+    let attempt = run.attempt("a1").unwrap();
+    let mut draft = draft();
+    let mut figure = 0.1;
+    for index in 0..2000i32 {
+        // Figures of all digits, from 1e-40 to 1e40.
+        figure = (figure * 1103.515_245 + 0.12345) % 1.0;
+        draft
+            .metrics
+            .insert(format!("m{index}"), figure * 10f64.powi(index % 81 - 40));
+    }
+    let manifest = attempt.publish(draft, resource(), 1).unwrap();
+    assert_eq!(run.published().unwrap(), Some(manifest));
+    open(&input(&uri, None), Path::new("/none"), Verify::Sizes).unwrap();
+}
+
+#[test]
 fn a_newer_manifest_is_refused_with_what_to_do() {
     let root = tempfile::tempdir().unwrap();
     let (_, run) = folder(root.path());
