@@ -199,9 +199,13 @@ fn progress(phase: &Phase, ledger: &Ledger, observed: &Observed, before: &RunSta
     };
     let pod = ledger.job.as_ref().and_then(|job| attempt::pod_of(job, &observed.pods));
     let known = pod.and_then(|pod| observed.progress.get(pod.metadata.uid.as_deref()?));
-    match known {
+    // A stage that has just started knows no total yet.
+    match known.filter(|progress| progress.total > 0) {
         Some(progress) => Some(progress_status(progress)),
-        None => before.progress.clone(),
+        None => before
+            .progress
+            .clone()
+            .filter(|_| before.run.as_ref().is_some_and(|run| run.attempt == ledger.attempt)),
     }
 }
 
