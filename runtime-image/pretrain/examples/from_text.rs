@@ -28,7 +28,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             "tieEmbeddings": true
         },
         "training": {
-            "tokens": 1_000_000, "batchTokens": 2048, "learningRate": 3e-3, "warmupPercent": 5, "schedule": "Cosine",
+            "tokens": 1_000_000, "batchTokens": 1024, "learningRate": 3e-3, "warmupPercent": 5, "schedule": "Cosine",
             "weightDecay": 0.1, "seed": 17
         },
         "checkpoint": { "everySeconds": 30, "keep": 2 }
