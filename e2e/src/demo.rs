@@ -135,7 +135,7 @@ pub async fn run(cluster: &Cluster) -> Result<()> {
     step(6, "a chat with the model that was just aligned");
     let forward = Forward::start(cluster.kubectl(), NAMESPACE, "assistant").await?;
     shell_line(&format!("user: {QUESTION}"));
-    forward.chat("assistant", QUESTION, |piece| print_piece(piece)).await?;
+    forward.chat("assistant", QUESTION, print_piece).await?;
     print_piece("\n");
     step(7, "what there is now: kubectl get strata");
     shell_line(&command::output(

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use serde_json::{Map, Value, json};
-use strata_model::{LoadedModel, TokenText, Weights, hf};
+use strata_model::{LoadedModel, TokenText, hf};
 
 fn path() -> PathBuf {
     let cache = std::env::var_os("STRATA_CACHE").map(PathBuf::from);

@@ -1,5 +1,10 @@
 //! The stage from token files to a published model, on a corpus so small that it takes a second.
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "in a test an unwrap is an assertion, also in its helpers"
+)]
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;

@@ -262,7 +262,7 @@ fn whatever_figures_an_artifact_has_its_digest_holds_when_it_is_read() {
     let mut figure = 0.1;
     for index in 0..2000i32 {
         // Figures of all digits, from 1e-40 to 1e40.
-        figure = (figure * 1103.515_245 + 0.12345) % 1.0;
+        figure = (figure * 1103.515245 + 0.12345) % 1.0;
         draft
             .metrics
             .insert(format!("m{index}"), figure * 10f64.powi(index % 81 - 40));

@@ -154,7 +154,8 @@ pub(super) fn decode_characters(body: Vec<u8>, media_type: &str) -> Result<Strin
             .iter()
             .any(|name| text.contains(name))
     };
-    if !named(media_type) && !(head.contains("charset") && named(&head)) {
+    let charset_named = named(media_type) || (head.contains("charset") && named(&head));
+    if !charset_named {
         return Err(Skip::Charset);
     }
     Ok(body
