@@ -202,10 +202,15 @@ pub(crate) fn nothing_left(figures: &Figures) -> StageError {
     let seen: u64 = figures.sources.values().map(|source| source.documents_seen).sum();
     let message = match seen {
         0 => "the sources hold no document: check that the URIs and formats are what the files are".to_owned(),
-        seen => format!(
-            "of {seen} documents none is left to train on; dropped were {}",
-            figures.main_reasons()
-        ),
+        seen => {
+            let (held_out, reasons) = (figures.held_out.documents, figures.main_reasons());
+            let reasons = if reasons.is_empty() {
+                "no step dropped any".to_owned()
+            } else {
+                format!("dropped were {reasons}")
+            };
+            format!("of {seen} documents none is left to train on, {held_out} are held out; {reasons}")
+        }
     };
     StageError::new(FailureReason::NothingLeft, message)
 }

@@ -382,8 +382,8 @@ fn what_cannot_be_carried_out_says_why_and_publishes_nothing() {
             "lower vocabSize",
             pages(|c| c["encode"] = json!({"vocabSize": 60000, "sequenceLengthTokens": 256, "packing": "Concatenate"})),
         ),
-        (FailureReason::NothingLeft, "heldOut", {
-            // Everything is a duplicate of what is held out.
+        (FailureReason::NothingLeft, "1 are held out; no step dropped any", {
+            // The only document is held out.
             let file = truncated.path().join("same.jsonl");
             let line = |text: &str| json!({"text": text}).to_string() + "\n";
             std::fs::write(
