@@ -14,6 +14,7 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use crate::bed::command;
+use crate::image::catalog;
 
 /// How long a program that ended stays down.
 const RESTART_DELAY: Duration = Duration::from_secs(1);
@@ -190,7 +191,7 @@ pub fn launch(plan: &Path, log: &Path) -> Result<i32> {
             "--propagation",
             "private",
         ])
-        .arg(std::env::current_exe()?)
+        .arg(catalog::ours("bed")?)
         .arg("supervise")
         .arg(plan)
         .env_clear()

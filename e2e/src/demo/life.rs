@@ -64,7 +64,7 @@ impl Life {
                     .await?
                 {
                     let status: Option<&RunStatus> = object.status.as_ref().map($status);
-                    rows.push(row($word, &object.name_any(), status));
+                    rows.push(row($word, &object.name_any(), object.metadata.generation, status));
                 }
             };
         }
@@ -76,7 +76,9 @@ impl Life {
     }
 }
 
-fn row(kind: &str, name: &str, status: Option<&RunStatus>) -> Row {
+fn row(kind: &str, name: &str, generation: Option<i64>, status: Option<&RunStatus>) -> Row {
+    // What is said about an older spec is no verdict on this one.
+    let status = status.filter(|status| status.observed_generation == generation);
     let ready = status.and_then(|status| status.conditions.iter().find(|condition| condition.type_ == "Ready"));
     let progress = status.and_then(|status| status.progress.as_ref());
     Row {

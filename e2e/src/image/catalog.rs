@@ -123,7 +123,10 @@ impl Name {
 }
 
 /// A program of this workspace, which lies beside the running one.
-fn ours(name: &str) -> Result<PathBuf> {
+///
+/// # Errors
+/// It was not compiled.
+pub fn ours(name: &str) -> Result<PathBuf> {
     let exe = std::env::current_exe()?;
     let folder = exe.parent().context("a program lies in a folder")?;
     // A test lies one folder deeper.

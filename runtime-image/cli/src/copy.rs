@@ -28,7 +28,11 @@ pub(crate) fn run(arguments: &Arguments) -> i32 {
             EXIT_DONE
         }
         Err(error) => {
-            tracing::error!("cannot copy {} to {}: {error}", arguments.from.display(), arguments.to.display());
+            tracing::error!(
+                "cannot copy {} to {}: {error}",
+                arguments.from.display(),
+                arguments.to.display()
+            );
             EXIT_RETRY
         }
     }

@@ -24,8 +24,7 @@ const CONFIG_LIMIT_BYTES: u64 = 1024 * 1024;
 pub(crate) fn run(command: &str, arguments: StageArguments, volumes: PathBuf) -> i32 {
     let result = prepare(command, &arguments, volumes).and_then(|(stage, context)| {
         let monitor = Monitor::start(&arguments.monitor, command, &context)?;
-        let result = published(&context)
-            .and_then(|found| found.map_or_else(|| carry_out(&stage, &context), Ok));
+        let result = published(&context).and_then(|found| found.map_or_else(|| carry_out(&stage, &context), Ok));
         monitor.stop();
         result
     });
@@ -35,7 +34,7 @@ pub(crate) fn run(command: &str, arguments: StageArguments, volumes: PathBuf) ->
             (report, EXIT_DONE)
         }
         Err(error) => {
-            tracing::error!(reason = ?error.reason, "{} {}", error.message, error.reason.remedy());
+            tracing::error!(reason = ?error.reason, "{}. {}", error.message, error.reason.remedy());
             (error.report(), error.reason.exit_code())
         }
     };
@@ -46,14 +45,13 @@ pub(crate) fn run(command: &str, arguments: StageArguments, volumes: PathBuf) ->
     code
 }
 
-fn prepare(
-    command: &str,
-    arguments: &StageArguments,
-    volumes: PathBuf,
-) -> Result<(Stage, StageContext), StageError> {
+fn prepare(command: &str, arguments: &StageArguments, volumes: PathBuf) -> Result<(Stage, StageContext), StageError> {
     let config = read_config(&arguments.config)?;
     if config.stage.command() != command {
-        let message = format!("the configuration is for stage {:?}, not {command:?}", config.stage.command());
+        let message = format!(
+            "the configuration is for stage {:?}, not {command:?}",
+            config.stage.command()
+        );
         return Err(StageError::new(FailureReason::ConfigInvalid, message));
     }
     let context = StageContext {
@@ -68,11 +66,16 @@ fn prepare(
 
 fn read_config(path: &Path) -> Result<StageConfig, StageError> {
     let invalid = |what: String| {
-        StageError::new(FailureReason::ConfigInvalid, format!("configuration {}: {what}", path.display()))
+        StageError::new(
+            FailureReason::ConfigInvalid,
+            format!("configuration {}: {what}", path.display()),
+        )
     };
     let size_bytes = fs::metadata(path).map_err(|error| invalid(error.to_string()))?.len();
     if size_bytes > CONFIG_LIMIT_BYTES {
-        return Err(invalid(format!("{size_bytes} bytes are more than {CONFIG_LIMIT_BYTES}")));
+        return Err(invalid(format!(
+            "{size_bytes} bytes are more than {CONFIG_LIMIT_BYTES}"
+        )));
     }
     let text = fs::read_to_string(path).map_err(|error| invalid(error.to_string()))?;
     let config: StageConfig = serde_json::from_str(&text).map_err(|error| invalid(error.to_string()))?;
@@ -90,7 +93,11 @@ fn published(context: &StageContext) -> Result<Option<Report>, StageError> {
     let manifest = RunFolder::new(output, &context.volumes).published()?;
     Ok(manifest.map(|manifest| Report {
         reused: true,
-        ..Report::published(&manifest, output, "this run published before; nothing was computed".into())
+        ..Report::published(
+            &manifest,
+            output,
+            "this run published before; nothing was computed".into(),
+        )
     }))
 }
 
@@ -104,7 +111,10 @@ fn carry_out(stage: &Stage, context: &StageContext) -> Result<Report, StageError
     // A panic is a defect of ours; the report says so instead of leaving a bare exit status. The message itself went to
     // the log, and the context is not used again.
     catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|_| {
-        Err(StageError::new(FailureReason::Internal, "the stage panicked; its log says where"))
+        Err(StageError::new(
+            FailureReason::Internal,
+            "the stage panicked; its log says where",
+        ))
     })
 }
 
@@ -119,8 +129,12 @@ mod tests {
             let config = folder.path().join("stage.json");
             let report = folder.path().join("report.json");
             fs::write(&config, text).expect("the configuration is written");
-            let arguments =
-                StageArguments { config, report: report.clone(), attempt_id: "a".into(), monitor: "none".into() };
+            let arguments = StageArguments {
+                config,
+                report: report.clone(),
+                attempt_id: "a".into(),
+                monitor: "none".into(),
+            };
             let code = run("pretrain", arguments, folder.path().to_owned());
             let report: Report = serde_json::from_str(&fs::read_to_string(report).expect("a report")).expect("JSON");
             (code, report)
@@ -140,7 +154,11 @@ mod tests {
             ),
         ] {
             let (code, report) = run_with(text);
-            assert_eq!((code, report.failure), (64, Some(FailureReason::ConfigInvalid)), "{text}");
+            assert_eq!(
+                (code, report.failure),
+                (64, Some(FailureReason::ConfigInvalid)),
+                "{text}"
+            );
             assert!(report.message.contains(words), "{}", report.message);
         }
     }

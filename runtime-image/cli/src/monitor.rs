@@ -33,7 +33,11 @@ impl Monitor {
             .map_err(|error| failed(error.to_string()))?;
         let listener = match address {
             "none" => None,
-            _ => Some(runtime.block_on(tokio::net::TcpListener::bind(address)).map_err(|e| failed(e.to_string()))?),
+            _ => Some(
+                runtime
+                    .block_on(tokio::net::TcpListener::bind(address))
+                    .map_err(|e| failed(e.to_string()))?,
+            ),
         };
         let metrics = Metrics::new(command, context).map_err(|error| failed(error.to_string()))?;
         let (stop, stopped) = oneshot::channel();
@@ -65,8 +69,14 @@ async fn watch(
         match listener {
             Some(listener) => {
                 let app = axum::Router::new()
-                    .route("/progress", get(|State(metrics): State<Metrics>| async move { Json(metrics.context.progress.read()) }))
-                    .route("/metrics", get(|State(metrics): State<Metrics>| async move { metrics.render() }))
+                    .route(
+                        "/progress",
+                        get(|State(metrics): State<Metrics>| async move { Json(metrics.context.progress.read()) }),
+                    )
+                    .route(
+                        "/metrics",
+                        get(|State(metrics): State<Metrics>| async move { metrics.render() }),
+                    )
                     .with_state(metrics);
                 if let Err(error) = axum::serve(listener, app).await {
                     tracing::warn!(%error, "the stage goes on without /progress and /metrics");
@@ -94,7 +104,10 @@ async fn lines(context: &StageContext) {
             let percent = progress.done.saturating_mul(100) / progress.total;
             tracing::info!(
                 "progress {percent}% {}/{} {} {}",
-                progress.done, progress.total, progress.unit, progress.activity
+                progress.done,
+                progress.total,
+                progress.unit,
+                progress.activity
             );
             last = Some(progress);
         }
@@ -130,14 +143,27 @@ impl Metrics {
     fn new(command: &str, context: &StageContext) -> Result<Self, prometheus::Error> {
         let registry = Registry::new();
         let gauge = |name: &str, help: &str| -> Result<Gauge, prometheus::Error> {
-            let options = Opts::new(name, help).const_label("stage", command).const_label("run", context.run.id.clone());
+            let options = Opts::new(name, help)
+                .const_label("stage", command)
+                .const_label("run", context.run.id.clone());
             let gauge = Gauge::with_opts(options)?;
             registry.register(Box::new(gauge.clone()))?;
             Ok(gauge)
         };
-        let done = gauge("strata_stage_progress_done", "What the current activity has done, in its unit.")?;
-        let total = gauge("strata_stage_progress_total", "What the current activity has to do, in its unit.")?;
-        Ok(Self { registry, done, total, context: context.clone() })
+        let done = gauge(
+            "strata_stage_progress_done",
+            "What the current activity has done, in its unit.",
+        )?;
+        let total = gauge(
+            "strata_stage_progress_total",
+            "What the current activity has to do, in its unit.",
+        )?;
+        Ok(Self {
+            registry,
+            done,
+            total,
+            context: context.clone(),
+        })
     }
 
     fn render(&self) -> String {

@@ -19,7 +19,12 @@ pub(crate) struct Arguments {
 
 /// Serves until SIGTERM; the exit status is the contract's.
 pub(crate) fn run(mut arguments: Arguments, volumes: &Path) -> i32 {
-    if let Some(uri) = arguments.server.model.to_str().and_then(|text| text.parse::<Uri>().ok()) {
+    if let Some(uri) = arguments
+        .server
+        .model
+        .to_str()
+        .and_then(|text| text.parse::<Uri>().ok())
+    {
         match resolve(uri, arguments.digest, volumes) {
             Ok(path) => arguments.server.model = path,
             Err(error) => {
@@ -31,7 +36,11 @@ pub(crate) fn run(mut arguments: Arguments, volumes: &Path) -> i32 {
         tracing::error!("--digest needs a URI in --model: a plain file or folder has no digest to compare");
         return EXIT_BAD_INPUT;
     }
-    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+    let runtime = match tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+    {
         Ok(runtime) => runtime,
         Err(error) => {
             tracing::error!(%error, "cannot start threads");
@@ -50,6 +59,12 @@ pub(crate) fn run(mut arguments: Arguments, volumes: &Path) -> i32 {
 /// The folder of the artifact's files. Their hashes were verified when they were made; a server that starts in a second
 /// verifies digest and sizes.
 fn resolve(uri: Uri, digest: Option<String>, volumes: &Path) -> Result<std::path::PathBuf, StageError> {
-    let input = Input { name: "model".into(), uri, digest, bytes: None, resource: None };
+    let input = Input {
+        name: "model".into(),
+        uri,
+        digest,
+        bytes: None,
+        resource: None,
+    };
     Ok(open(&input, volumes, Verify::Sizes)?.path().to_owned())
 }
