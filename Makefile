@@ -9,7 +9,7 @@ WHERE := --cluster "$(CLUSTER)" --registry "$(REGISTRY)"
 # The slot of the tests' cluster; the demo has slot 0, so that both can run at once.
 SLOT ?= 1
 # Always the whole workspace, filtered by target: with `-p`, cargo would choose other features and compile all anew.
-E2E := bed manifests bad_input release story
+E2E := bed manifests chart bad_input release story
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-down test lint generate generated test-unit test-e2e programs bed bed-down

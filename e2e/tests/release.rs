@@ -32,7 +32,9 @@ async fn the_chart_renders_what_kubernetes_knows() {
         ] {
             let mut helm = install::helm(&context.bed)?;
             helm.args(["template", "strata"]).arg(&chart);
-            settings.iter().for_each(|setting| drop(helm.args(["--set", setting])));
+            for setting in settings {
+                helm.args(["--set", setting]);
+            }
             let path = folder.path().join("rendered.yaml");
             std::fs::write(&path, command::output(&mut helm)?)?;
             let location = format!(

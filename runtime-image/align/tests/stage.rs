@@ -1,5 +1,7 @@
 //! The stage from transcripts to a published model, on a model so small that it takes seconds.
 
+#![allow(clippy::unwrap_used, reason = "in a test an unwrap is an assertion")]
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;

@@ -1,5 +1,7 @@
 //! The samples' raw data through the whole stage: each file becomes what its README says.
 
+#![allow(clippy::unwrap_used, reason = "in a test an unwrap is an assertion")]
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::Read;

@@ -1,6 +1,8 @@
 //! The body against candle: the same decoder in candle's differentiable operations gives the same log-probabilities and the
 //! same gradient of every weight and every adapter parameter, and none of them is zero.
 
+#![allow(clippy::unwrap_used, reason = "in a test an unwrap is an assertion")]
+
 use candle_core::{D, Device, IndexOp, Result, Tensor, Var};
 use strata_model::{EMBEDDING, FINAL_NORM, Family, HEAD, ModelConfig, layer_name};
 use strata_train::{Batch, Body, Gradients, Linear, Lora, Random, Tape, initialize};
