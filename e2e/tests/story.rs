@@ -106,11 +106,7 @@ async fn bard_survives_the_loss_of_its_pod(context: &Context, artifacts: &Path) 
     let job = wait::until(&context.api::<PretrainJob>(), "bard", "has a run", TRAIN, running).await?;
     let run = job.status.and_then(|status| status.run).context("a run")?;
     let folder = artifacts.join(format!("{}/pretrainjob/bard/{}", context.namespace, run.id));
-    let first = folder.clone();
-    until_true("bard has a checkpoint", TRAIN, move || {
-        find(&first, "checkpoint").is_some()
-    })
-    .await?;
+    until_true("bard has a checkpoint", TRAIN, || has_checkpoint(&folder)).await?;
     let pods = context.api::<Pod>();
     let labels = ListParams::default().labels("strata.dev/kind=PretrainJob,strata.dev/name=bard");
     let pod = pods.list(&labels).await?.items.pop().context("bard's pod")?;
@@ -397,15 +393,11 @@ fn first_turns(artifacts: &Path) -> Result<Vec<String>> {
     Ok(turns)
 }
 
-/// A path below `folder` whose name begins with `prefix` or that lies in such a folder.
-fn find(folder: &Path, prefix: &str) -> Option<PathBuf> {
-    let entries = fs::read_dir(folder).ok()?;
-    entries.flatten().find_map(|entry| {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        match name.starts_with(prefix) {
-            true => find(&entry.path(), "step-").or_else(|| find(&entry.path(), "manifest")),
-            false => find(&entry.path(), prefix),
-        }
+/// Whether an attempt of the run in `folder` has saved a whole checkpoint.
+fn has_checkpoint(folder: &Path) -> bool {
+    let list = |path: PathBuf| fs::read_dir(path).into_iter().flatten().flatten();
+    list(folder.join("attempts")).any(|attempt| {
+        list(attempt.path().join("checkpoints")).any(|step| !step.file_name().to_string_lossy().ends_with(".partial"))
     })
 }
 
