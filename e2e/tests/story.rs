@@ -200,7 +200,7 @@ async fn the_service_answers_with_what_was_judged(context: &Context, artifacts: 
     for word in [
         "AlignmentJob/assistant",
         "Dataset/preferences",
-        "smollm2",
+        "SmolLM2",
         "hh-rlhf",
         "tinyshakespeare",
     ] {
@@ -313,7 +313,7 @@ async fn reconciles(context: &Context) -> Result<f64> {
     let pods = operator_metrics(context).await?;
     Ok(pods
         .iter()
-        .flat_map(|(_, text)| series(text, "strata_reconciles_total"))
+        .flat_map(|(_, text)| series(text, "strata_operator_reconciles_total"))
         .sum())
 }
 
