@@ -211,7 +211,10 @@ async fn the_service_answers_with_what_was_judged(context: &Context, artifacts: 
     let question = "Give me three short tips for being a good neighbour.";
     let mut pieces = 0;
     let answer = forward.chat("assistant", question, |_| pieces += 1).await?;
-    ensure!(answer.to_lowercase().contains("neighbo"), "the model that was made answers: {answer}");
+    ensure!(
+        answer.to_lowercase().contains("neighbo"),
+        "the model that was made answers: {answer}"
+    );
     ensure!(pieces > 1, "the answer was streamed");
 
     let client = reqwest::Client::new();
