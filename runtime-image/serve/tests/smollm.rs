@@ -8,7 +8,7 @@
 use std::path::PathBuf;
 
 use serde_json::{Map, json};
-use strata_kernels::infer::KvDtype;
+use strata_kernels::infer::{KvDtype, log_sum_exp};
 use strata_model::LoadedModel;
 use strata_serve::{Precision, Scorer};
 
@@ -77,9 +77,29 @@ fn the_model_answers_sensibly_and_quantization_costs_little() {
         "{} nats a token is not how this model reads English",
         mean(&a)
     );
-    let apart = a.iter().zip(&b).map(|(a, b)| (a - b).abs()).sum::<f32>() / a.len() as f32;
+    // Measured on 800 tokens of prose: 0.0012 from the weights (Q4_1 to Q8_0), 0.005 with 8-bit activations as well; the best
+    // token is the same at 96 of 100 places. The bound is twice that.
+    let kl = divergence(&mut float, &mut stored, &tokens);
+    assert!(kl < 0.01, "8 bits are {kl} nats a token away from floats");
+    let bias = mean(&b) - mean(&a);
     assert!(
-        apart < 0.05,
-        "8 bits move a token's log-probability by {apart} on average"
+        bias.abs() < 0.05,
+        "8 bits move the text's log-probability by {bias} a token"
     );
+}
+
+/// Mean Kullback-Leibler divergence of the second scorer's predictions from the first one's.
+fn divergence(of: &mut Scorer, from: &mut Scorer, tokens: &[u32]) -> f64 {
+    let mut predictions = [of, from].map(|scorer| {
+        let mut rows: Vec<Vec<f64>> = Vec::new();
+        let keep = |_: usize, logits: &[f32]| {
+            let sum = f64::from(log_sum_exp(logits));
+            rows.push(logits.iter().map(|logit| f64::from(*logit) - sum).collect());
+        };
+        scorer.visit_logits(tokens, 0, keep).unwrap();
+        rows.into_iter()
+    });
+    let [of, from] = &mut predictions;
+    let row = |(p, q): (Vec<f64>, Vec<f64>)| p.iter().zip(q).map(|(p, q)| p.exp() * (p - q)).sum::<f64>();
+    of.zip(from).map(row).sum::<f64>() / tokens.len() as f64
 }
