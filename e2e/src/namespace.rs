@@ -157,17 +157,6 @@ impl Context {
         .await
     }
 
-    /// `helm ARGUMENTS` in this namespace; returns standard output. `bed build --tools` compiles it.
-    ///
-    /// # Errors
-    /// As [`Context::kubectl`].
-    pub async fn helm<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Result<String> {
-        let mut helm = Command::new(tool(Program::Helm)?);
-        helm.env("KUBECONFIG", self.bed.kubeconfig()).env("NO_PROXY", "*");
-        self.run(helm.args(["--namespace", &self.namespace]).args(arguments))
-            .await
-    }
-
     /// Events, pods with their logs and our custom resources, as text: what a failed test prints.
     pub async fn dump(&self) -> String {
         dump::namespace(&self.client, &self.namespace).await

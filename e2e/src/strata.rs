@@ -4,8 +4,8 @@ use std::fmt::Debug;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use kube::Resource;
 use kube::core::NamespaceResourceScope;
-use kube::{Api, Resource};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use strata_api::{AlignmentJob, Dataset, InferenceService, PretrainJob, RunStatus};
@@ -127,13 +127,4 @@ pub async fn apply(context: &Context, yaml: &str) -> Result<()> {
         .kubectl(["apply", "--server-side", "-f", &path.display().to_string()])
         .await
         .map(drop)
-}
-
-/// All objects of a kind.
-///
-/// # Errors
-/// The server does not answer.
-pub async fn list<K: Kind>(context: &Context) -> Result<Vec<K>> {
-    let api: Api<K> = context.api();
-    Ok(api.list(&Default::default()).await?.items)
 }

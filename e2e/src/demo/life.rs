@@ -9,6 +9,7 @@ use kube::{Api, Client, ResourceExt as _};
 use strata_api::{AlignmentJob, Dataset, InferenceService, PretrainJob, RunStatus};
 
 use super::table::{Row, Table};
+use crate::strata::Kind;
 
 /// Time between two looks.
 const LOOK: Duration = Duration::from_secs(1);
@@ -55,34 +56,27 @@ impl Life {
 
     /// One row a resource, in the order of a model's life.
     async fn rows(&self) -> Result<Vec<Row>> {
-        let all = ListParams::default();
-        let mut rows = Vec::new();
-        macro_rules! add {
-            ($kind:ty, $word:literal, $status:expr) => {
-                for object in Api::<$kind>::namespaced(self.client.clone(), &self.namespace)
-                    .list(&all)
-                    .await?
-                {
-                    let status: Option<&RunStatus> = object.status.as_ref().map($status);
-                    rows.push(row($word, &object.name_any(), object.metadata.generation, status));
-                }
-            };
-        }
-        add!(Dataset, "dataset", |status| status);
-        add!(PretrainJob, "pretrainjob", |status| status);
-        add!(AlignmentJob, "alignmentjob", |status| status);
-        add!(InferenceService, "inferenceservice", |status| &status.run_status);
+        let mut rows = self.rows_of::<Dataset>().await?;
+        rows.extend(self.rows_of::<PretrainJob>().await?);
+        rows.extend(self.rows_of::<AlignmentJob>().await?);
+        rows.extend(self.rows_of::<InferenceService>().await?);
         Ok(rows)
+    }
+
+    async fn rows_of<K: Kind>(&self) -> Result<Vec<Row>> {
+        let all: Api<K> = Api::namespaced(self.client.clone(), &self.namespace);
+        Ok(all.list(&ListParams::default()).await?.iter().map(row).collect())
     }
 }
 
-fn row(kind: &str, name: &str, generation: Option<i64>, status: Option<&RunStatus>) -> Row {
+fn row<K: Kind>(object: &K) -> Row {
     // What is said about an older spec is no verdict on this one.
-    let status = status.filter(|status| status.observed_generation == generation);
+    let current = |status: &&RunStatus| status.observed_generation == object.meta().generation;
+    let status = object.run_status().filter(current);
     let ready = status.and_then(|status| status.conditions.iter().find(|condition| condition.type_ == "Ready"));
     let progress = status.and_then(|status| status.progress.as_ref());
     Row {
-        name: format!("{kind}/{name}"),
+        name: format!("{}/{}", K::kind(&()).to_lowercase(), object.name_any()),
         ready: ready.map_or_else(|| "Unknown".into(), |condition| condition.status.clone()),
         reason: ready.map(|condition| condition.reason.clone()).unwrap_or_default(),
         message: ready.map(|condition| condition.message.clone()).unwrap_or_default(),

@@ -4,6 +4,8 @@ use anyhow::{Context as _, Result};
 use kube::{Api, Client};
 use strata_api::{AlignmentJob, Dataset, InferenceService, PretrainJob, RunStatus};
 
+use crate::strata::Kind;
+
 /// Longest chain that is followed: a data set, a pretrained model and a few alignments are far less.
 const DEPTH_LIMIT: usize = 16;
 
@@ -38,20 +40,17 @@ pub async fn of_service(client: &Client, namespace: &str, name: &str) -> Result<
 }
 
 async fn status(client: &Client, namespace: &str, kind: &str, name: &str) -> Result<Option<RunStatus>> {
-    macro_rules! get {
-        ($kind:ty) => {
-            Api::<$kind>::namespaced(client.clone(), namespace)
-                .get_opt(name)
-                .await
-                .with_context(|| format!("cannot read {kind} {name}"))?
-                .and_then(|object| object.status)
-        };
+    match kind {
+        "Dataset" => status_of::<Dataset>(client, namespace, name).await,
+        "PretrainJob" => status_of::<PretrainJob>(client, namespace, name).await,
+        "AlignmentJob" => status_of::<AlignmentJob>(client, namespace, name).await,
+        "InferenceService" => status_of::<InferenceService>(client, namespace, name).await,
+        _ => Ok(None),
     }
-    Ok(match kind {
-        "Dataset" => get!(Dataset),
-        "PretrainJob" => get!(PretrainJob),
-        "AlignmentJob" => get!(AlignmentJob),
-        "InferenceService" => get!(InferenceService).map(|status| status.run_status),
-        _ => None,
-    })
+}
+
+async fn status_of<K: Kind>(client: &Client, namespace: &str, name: &str) -> Result<Option<RunStatus>> {
+    let object = Api::<K>::namespaced(client.clone(), namespace).get_opt(name).await;
+    let object = object.with_context(|| format!("cannot read {} {name}", K::kind(&())))?;
+    Ok(object.and_then(|object| object.run_status().cloned()))
 }

@@ -163,15 +163,17 @@ fn chat(content: &str, more: Value) -> Value {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_chat_is_answered_the_same_whole_and_streamed_under_any_load() {
-    // Few blocks, so that requests are preempted; a prefix cache, so that they share blocks; small steps, so that prompts are cut.
+    // Blocks for one long answer, so that of any two that overlap one is preempted; a prefix cache, so that they share
+    // blocks; small steps, so that prompts are cut.
+    const ANSWER_TOKENS: u64 = 1000;
     let server = Running::start(
-        "--kv-cache-memory-bytes 100000 --max-model-len 256 --enable-prefix-caching --max-num-batched-tokens 23",
+        "--kv-cache-memory-bytes 330000 --max-model-len 1200 --enable-prefix-caching --max-num-batched-tokens 23",
     )
     .await;
     let long = "word ".repeat(20);
     let chat = |content: &str, more: Value| {
         let mut body = chat(content, more);
-        body["max_tokens"] = json!(100);
+        body["max_tokens"] = json!(ANSWER_TOKENS);
         body
     };
     let (status, whole) = server
@@ -197,20 +199,16 @@ async fn a_chat_is_answered_the_same_whole_and_streamed_under_any_load() {
             whole["usage"]["completion_tokens"].as_u64(),
             whole["usage"]["total_tokens"].as_u64()
         ),
-        (Some(100), Some(prompt + 100))
+        (Some(ANSWER_TOKENS), Some(prompt + ANSWER_TOKENS))
     );
 
-    let mut tasks = Vec::new();
-    for i in 0..8 {
-        let body = chat(
-            &long,
-            json!({ "stream": true, "stream_options": { "include_usage": i % 2 == 0 } }),
-        );
-        let response = server.stream("/v1/chat/completions", body).await;
-        tasks.push((i, tokio::spawn(response.text())));
-    }
-    for (i, task) in tasks {
-        let chunks = events(&task.await.unwrap().unwrap());
+    let streams = (0..8).map(async |i| {
+        let options = json!({ "stream": true, "stream_options": { "include_usage": i % 2 == 0 } });
+        let response = server.stream("/v1/chat/completions", chat(&long, options)).await;
+        response.text().await.unwrap()
+    });
+    for (i, stream) in futures::future::join_all(streams).await.into_iter().enumerate() {
+        let chunks = events(&stream);
         assert_eq!(
             chunks[0]["choices"][0]["delta"],
             json!({ "role": "assistant", "content": "" })
@@ -229,21 +227,24 @@ async fn a_chat_is_answered_the_same_whole_and_streamed_under_any_load() {
         let usage = &chunks.last().unwrap()["usage"];
         assert_eq!(
             usage["completion_tokens"].as_u64(),
-            (i % 2 == 0).then_some(100),
+            (i % 2 == 0).then_some(ANSWER_TOKENS),
             "{usage}"
         );
     }
     assert!(server.metric("vllm:prefix_cache_hits_total").await > 0.0);
     assert!(
         server.metric("vllm:num_preemptions_total").await > 0.0,
-        "100000 bytes do not hold 8 requests"
+        "330000 bytes do not hold two such answers"
     );
     server
         .until("all blocks are free", async || {
             server.metric("vllm:kv_cache_usage_perc").await == 0.0
         })
         .await;
-    assert_eq!(server.metric("vllm:generation_tokens_total").await, 9.0 * 100.0);
+    assert_eq!(
+        server.metric("vllm:generation_tokens_total").await,
+        9.0 * ANSWER_TOKENS as f64
+    );
     let metrics = server.get("/metrics").await.1;
     for name in [
         "vllm:num_requests_running",

@@ -8,26 +8,16 @@ use axum::extract::rejection::BytesRejection;
 use axum::response::Response;
 
 use super::State;
-use super::api::{ChatRequest, parse};
+use super::api::ChatRequest;
 use super::error::ApiError;
 use super::prepare::{Prepared, chat_tokens, model, prepare};
-use super::respond::{Shape, respond};
+use super::respond::{Shape, answer};
 
 pub(super) async fn create(
     Extract(state): Extract<Arc<State>>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
-    state.accepting()?;
-    let request: ChatRequest = parse(body)?;
-    // Rendering and tokenizing a long chat takes a while; other connections go on meanwhile.
-    let task = tokio::task::spawn_blocking({
-        let state = state.clone();
-        move || prepared(&state, request)
-    });
-    let prepared = task
-        .await
-        .map_err(|_| ApiError::internal("the request could not be prepared"))??;
-    respond(state.accepting()?, prepared, Shape::Chat).await
+    answer(state, body, Shape::Chat, prepared).await
 }
 
 fn prepared(state: &State, request: ChatRequest) -> Result<Prepared, ApiError> {

@@ -8,10 +8,10 @@ use axum::extract::rejection::BytesRejection;
 use axum::response::Response;
 
 use super::State;
-use super::api::{CompletionRequest, Prompt, parse};
+use super::api::{CompletionRequest, Prompt};
 use super::error::ApiError;
 use super::prepare::{Prepared, model, prepare};
-use super::respond::{Shape, respond};
+use super::respond::{Shape, answer};
 
 /// OpenAI's default for `max_tokens` here.
 const DEFAULT_MAX_TOKENS: usize = 16;
@@ -20,16 +20,7 @@ pub(super) async fn create(
     Extract(state): Extract<Arc<State>>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
-    state.accepting()?;
-    let request: CompletionRequest = parse(body)?;
-    let task = tokio::task::spawn_blocking({
-        let state = state.clone();
-        move || prepared(&state, request)
-    });
-    let prepared = task
-        .await
-        .map_err(|_| ApiError::internal("the request could not be prepared"))??;
-    respond(state.accepting()?, prepared, Shape::Completion).await
+    answer(state, body, Shape::Completion, prepared).await
 }
 
 fn prepared(state: &State, request: CompletionRequest) -> Result<Prepared, ApiError> {

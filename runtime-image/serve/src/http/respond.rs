@@ -6,16 +6,20 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Json;
+use axum::body::Bytes;
+use axum::extract::rejection::BytesRejection;
 use axum::response::sse::{self, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures::stream;
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 use strata_model::Vocabulary;
 use tokio::sync::mpsc;
 
+use super::api::parse;
 use super::error::ApiError;
 use super::prepare::{Prepared, random};
-use super::{Served, unix_seconds};
+use super::{Served, State, unix_seconds};
 use crate::engine::{Event, FinishReason, TokenProb, Usage};
 
 /// How often a silent stream sends a comment, so that proxies keep it open.
@@ -41,8 +45,28 @@ struct Frame {
 
 type LogProbs = (TokenProb, Vec<TokenProb>);
 
+/// Reads a request, prepares it and answers.
+pub(super) async fn answer<R: DeserializeOwned + Send + 'static>(
+    state: Arc<State>,
+    body: Result<Bytes, BytesRejection>,
+    shape: Shape,
+    prepared: fn(&State, R) -> Result<Prepared, ApiError>,
+) -> Result<Response, ApiError> {
+    state.accepting()?;
+    let request: R = parse(body)?;
+    // Rendering and tokenizing a long text takes a while; other connections go on meanwhile.
+    let task = tokio::task::spawn_blocking({
+        let state = state.clone();
+        move || prepared(&state, request)
+    });
+    let prepared = task
+        .await
+        .map_err(|_| ApiError::internal("the request could not be prepared"))??;
+    respond(state.accepting()?, prepared, shape).await
+}
+
 /// Submits the request and answers.
-pub(super) async fn respond(served: &Served, prepared: Prepared, shape: Shape) -> Result<Response, ApiError> {
+async fn respond(served: &Served, prepared: Prepared, shape: Shape) -> Result<Response, ApiError> {
     let frame = Frame {
         shape,
         id: format!(
