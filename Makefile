@@ -12,7 +12,7 @@ SLOT ?= 1
 E2E := bed manifests chart bad_input release story
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-down test lint generate generated test-unit test-e2e programs bed bed-down
+.PHONY: help demo demo-down test lint lint-cuda generate generated test-unit test-e2e test-interop programs bed bed-down
 
 help: ## Show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -23,11 +23,15 @@ demo: programs ## A real model life on a real cluster: from raw text to a chat (
 demo-down: programs ## Remove all that the demo made
 	$(BIN)/demo --down $(WHERE)
 
-test: lint generated test-unit test-e2e ## All tests
+test: lint lint-cuda generated test-unit test-e2e ## All tests
 
 lint: ## Format and clippy, warnings denied
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
+
+lint-cuda: ## Type-check the CUDA build; needs neither a GPU nor NVIDIA's compiler
+	NVCC="$(CURDIR)/.ci/nvcc" CUDA_COMPUTE_CAP=90 CUDARC_CUDA_VERSION=13000 \
+		cargo clippy --workspace --features strata-runtime/cuda -- -D warnings
 
 generate: programs ## Write the CRDs and the reference anew
 	$(BIN)/crdgen .
@@ -39,12 +43,16 @@ generated: programs ## Check that the generated files are in step with the code
 	|| { echo "generated files are out of step: run 'make generate' and commit"; exit 1; }
 
 test-unit: programs ## Unit, property and mock-server tests
-	$(BIN)/bed model
+	$(BIN)/bed model >/dev/null
 	cargo test --workspace --exclude strata-e2e
 
 test-e2e: bed ## Tests on a real cluster; it stays up when one fails
 	eval "$$($(BIN)/bed env --slot $(SLOT))" && cargo test --workspace $(E2E:%=--test %)
 	$(BIN)/bed down --slot $(SLOT)
+
+test-interop: programs ## transformers, PEFT and datasets read what is published and compute the same (3 GB of Python packages)
+	cargo build --workspace --examples
+	e2e/interop/run $(BIN)
 
 programs:
 	cargo build --workspace --bins

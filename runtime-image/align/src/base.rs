@@ -6,7 +6,7 @@ use serde_json::Value;
 use strata_contract::FailureReason;
 use strata_model::{ChatTemplate, Dtype, GenerationConfig, LoadedModel, Vocabulary, tensors};
 use strata_stage::StageError;
-use strata_train::{Body, load, model_error};
+use strata_train::{Body, Executor, load, model_error};
 
 /// A base model: F32 weights, tokenizer, chat template.
 pub(crate) struct Base {
@@ -31,7 +31,7 @@ impl Base {
             );
             return Err(StageError::new(FailureReason::ConfigInvalid, message));
         };
-        let body = Body::new(&model.config);
+        let body = Body::new(&model.config, Executor::detect()?);
         let weights = load(body.layout(), model.weights.as_ref()).map_err(model_error)?;
         let mut found = Vec::new();
         for tensor in tensors(&model.config) {

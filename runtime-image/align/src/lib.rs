@@ -80,6 +80,7 @@ pub fn run(config: &AlignConfig, context: &StageContext) -> Result<Report, Stage
         .transpose()?;
     let (train, held_out) = sample_pairs(config, context, &base, &datasets)?;
     tracing::info!(
+        executor = base.body.executor().name(),
         parameters = base.body.layout().len(),
         adapter_parameters = lora.len(),
         pairs = train.pairs.len(),
@@ -271,7 +272,7 @@ fn evaluate(work: &Work, set: &EvaluationSet, merged: &[f32], job: &Job) -> Resu
 
 /// Score of `weights` on the capability text.
 pub(crate) fn text_score(work: &Work, text: &TextSet, weights: &[f32], job: &Job) -> Result<TextScore, StageError> {
-    let score = score_text(&mut Scorer::new(&work.base.body, weights), text, |_| {
+    let score = score_text(&mut Scorer::new(&work.base.body, weights)?, text, |_| {
         work.context.progress.add(1);
         job.check().is_ok()
     });

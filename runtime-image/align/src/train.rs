@@ -6,7 +6,7 @@ use strata_artifact::RunFolder;
 use strata_contract::FailureReason;
 use strata_evaluate::TextScore;
 use strata_stage::StageError;
-use strata_train::{Batch, Course, Gradients, Job, Optimizer, Scorer, Speed, Tape};
+use strata_train::{Batch, Course, ExecutorError, Gradients, Job, Keep, Optimizer, Scorer, Speed, Tape};
 
 use crate::pairs::TokenPair;
 use crate::{Reference, Work, dpo, text_score};
@@ -72,12 +72,12 @@ pub(crate) fn likelihoods(
     weights: &[f32],
     job: &Job,
 ) -> Result<Vec<(f64, f64)>, StageError> {
-    let mut scorer = Scorer::new(&work.base.body, weights);
+    let mut scorer = Scorer::new(&work.base.body, weights)?;
     let mut all = Vec::with_capacity(pairs.len());
     for part in parts(pairs) {
         job.check()?;
         let (batch, lengths) = batch(part);
-        all.extend(scorer.pair_likelihoods(&batch, &lengths));
+        all.extend(scorer.pair_likelihoods(&batch, &lengths)?);
         work.context.progress.add(part.len() as u64);
     }
     Ok(all)
@@ -148,7 +148,7 @@ impl Trainer<'_> {
                 &merged,
                 sinks,
                 &mut tape,
-            );
+            )?;
             let norm = optimizer.update(&mut adapter, &mut gradients);
             let step = optimizer.step();
             if !(figures.loss.is_finite() && norm.is_finite()) {
@@ -195,13 +195,14 @@ impl Trainer<'_> {
         merged: &[f32],
         (adapter, gradients): (&[f32], &mut [f32]),
         tape: &mut Tape,
-    ) -> StepFigures {
+    ) -> Result<StepFigures, ExecutorError> {
         let Work { base, lora, beta, .. } = *self.work;
+        let weights = base.body.place(merged)?;
         let mut figures = StepFigures::default();
         let mut references = reference.iter();
         for part in parts(pairs) {
             let (batch, lengths) = batch(part);
-            let mut log_probs = base.body.forward(merged, &batch, tape, true).iter();
+            let mut log_probs = base.body.forward(&weights, &batch, tape, Keep::ForAdapters)?.iter();
             let mut coefficients = Vec::with_capacity(batch.scored().len());
             for (&(chosen, rejected), &reference) in lengths.iter().zip(references.by_ref()) {
                 let mut sum = |count: usize| log_probs.by_ref().take(count).map(|&p| f64::from(p)).sum::<f64>();
@@ -219,9 +220,9 @@ impl Trainer<'_> {
                 parameters: adapter,
                 gradients: &mut *gradients,
             };
-            base.body.backward(merged, &batch, tape, &coefficients, &mut sink);
+            base.body.backward(&weights, &batch, tape, &coefficients, &mut sink)?;
         }
-        figures
+        Ok(figures)
     }
 
     /// What the base makes of all pairs and of the capability text.

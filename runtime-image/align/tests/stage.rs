@@ -14,7 +14,7 @@ use strata_evaluate::{EVALUATION_FILE, EvaluationSet};
 use strata_model::hf::{self, Folder};
 use strata_model::{Dtype, GenerationConfig, LoadedModel, synthetic};
 use strata_stage::{StageContext, StageError};
-use strata_train::{Body, Lora, Scorer, load};
+use strata_train::{Body, Executor, Lora, Scorer, load};
 
 /// A word in every transcript; it must be nowhere but in the data set.
 const SECRET: &str = "zanzibar";
@@ -177,7 +177,7 @@ fn what_is_published_is_the_base_plus_the_adapter_and_measures_as_reported() {
         LoadedModel::open(&content).unwrap(),
     );
     assert!(merged.chat_template.is_some());
-    let body = Body::new(&base.config);
+    let body = Body::new(&base.config, Executor::Kernels);
     let base_weights = load(body.layout(), base.weights.as_ref()).unwrap();
     let merged_weights = load(body.layout(), merged.weights.as_ref()).unwrap();
     let lora = Lora::new(body.layout(), 4, 8.0);
@@ -198,7 +198,9 @@ fn what_is_published_is_the_base_plus_the_adapter_and_measures_as_reported() {
 
     // The set that a later form of the model is judged on gives the same figures, pair by pair instead of batched.
     let set = EvaluationSet::read(&content.join(EVALUATION_FILE), base.config.vocab_size).unwrap();
-    let metrics = set.measure(&mut Scorer::new(&body, &merged_weights), || true).unwrap();
+    let metrics = set
+        .measure(&mut Scorer::new(&body, &merged_weights).unwrap(), || true)
+        .unwrap();
     for name in ["rewardMargin", "rewardMarginLow", "alignmentTax", "bitsPerByte"] {
         assert!(
             (metrics[name] - report.metrics[name]).abs() < 1e-4,
@@ -207,7 +209,9 @@ fn what_is_published_is_the_base_plus_the_adapter_and_measures_as_reported() {
             report.metrics[name]
         );
     }
-    let reference = set.measure(&mut Scorer::new(&body, &base_weights), || true).unwrap();
+    let reference = set
+        .measure(&mut Scorer::new(&body, &base_weights).unwrap(), || true)
+        .unwrap();
     assert!(
         reference["rewardMargin"].abs() < 1e-5 && reference["alignmentTax"].abs() < 1e-6,
         "{reference:?}"

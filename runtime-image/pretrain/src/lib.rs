@@ -20,7 +20,8 @@ use strata_evaluate::{EvaluationSet, Trigram, score_text};
 use strata_model::{Family, GenerationConfig, ModelConfig};
 use strata_stage::{StageContext, StageError};
 use strata_train::{
-    Body, Job, ModelFiles, Named, Scorer, evaluate_error, model_error, remove_all, write_evaluation, write_model,
+    Body, Executor, Job, ModelFiles, Named, Scorer, evaluate_error, model_error, remove_all, write_evaluation,
+    write_model,
 };
 
 use crate::corpus::{Corpus, held_out};
@@ -37,8 +38,9 @@ pub fn run(config: &PretrainConfig, context: &StageContext) -> Result<Report, St
     let (tokenizer_json, tokenizer) = tokenizer(&datasets)?;
     let model = model_config(config, &tokenizer)?;
     let corpus = Corpus::open(&datasets, config.training.seed)?;
-    let body = Body::new(&model);
+    let body = Body::new(&model, Executor::detect()?);
     tracing::info!(
+        executor = body.executor().name(),
         parameters = body.layout().len(),
         sequences = corpus.sequences(),
         tokens = config.training.tokens,
@@ -223,7 +225,7 @@ fn evaluate(
 ) -> Result<BTreeMap<String, f64>, StageError> {
     let text = set.text.as_ref().expect("the pretrain stage's set has text");
     context.progress.start("evaluating", "tokens", text.tokens());
-    let mut scorer = Scorer::new(body, weights);
+    let mut scorer = Scorer::new(body, weights)?;
     let score = score_text(&mut scorer, text, |tokens| {
         context.progress.add(tokens as u64);
         job.check().is_ok()

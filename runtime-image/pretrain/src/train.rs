@@ -6,7 +6,7 @@ use std::f64::consts::LN_2;
 use strata_artifact::RunFolder;
 use strata_contract::{FailureReason, PretrainConfig};
 use strata_stage::{StageContext, StageError};
-use strata_train::{Batch, Body, Course, Gradients, Job, Optimizer, Speed, Tape, initialize};
+use strata_train::{Batch, Body, Course, Gradients, Job, Keep, Optimizer, Speed, Tape, initialize};
 
 use crate::corpus::{Corpus, Samples};
 
@@ -62,17 +62,14 @@ impl Trainer<'_> {
         while optimizer.step() < steps {
             let (batches, asked) = self.next_batches(&mut samples)?;
             let mut loss = 0f64;
+            let placed = self.body.place(&weights)?;
             for batch in &batches {
-                let log_probs = self.body.forward(&weights, batch, &mut tape, true);
+                let log_probs = self.body.forward(&placed, batch, &mut tape, Keep::ForAll)?;
                 loss -= log_probs.iter().map(|&p| f64::from(p)).sum::<f64>() / asked as f64;
                 let coefficients = vec![-1.0 / asked as f32; batch.scored().len()];
-                self.body.backward(
-                    &weights,
-                    batch,
-                    &mut tape,
-                    &coefficients,
-                    &mut Gradients::All(&mut gradients),
-                );
+                let mut sink = Gradients::All(&mut gradients);
+                self.body
+                    .backward(&placed, batch, &mut tape, &coefficients, &mut sink)?;
             }
             let norm = optimizer.update(&mut weights, &mut gradients);
             let step = optimizer.step();

@@ -16,7 +16,7 @@ use strata_encode::{Packer, TextTokenizer, TokenWriter};
 use strata_evaluate::{EVALUATION_FILE, EvaluationSet};
 use strata_model::LoadedModel;
 use strata_stage::{StageContext, StageError};
-use strata_train::{Body, Scorer, load};
+use strata_train::{Body, Executor, Scorer, load};
 
 fn write_dataset(folder: &Path) {
     fs::create_dir_all(folder.join("tokens")).unwrap();
@@ -162,10 +162,12 @@ fn what_is_published_loads_and_scores_as_it_was_measured() {
     }
     let content = folder.path().join("run/attempts/attempt-1/content");
     let model = LoadedModel::open(&content).unwrap();
-    let body = Body::new(&model.config);
+    let body = Body::new(&model.config, Executor::Kernels);
     let weights = load(body.layout(), model.weights.as_ref()).unwrap();
     let set = EvaluationSet::read(&content.join(EVALUATION_FILE), model.config.vocab_size).unwrap();
-    let metrics = set.measure(&mut Scorer::new(&body, &weights), || true).unwrap();
+    let metrics = set
+        .measure(&mut Scorer::new(&body, &weights).unwrap(), || true)
+        .unwrap();
     // A manifest rounds its figures.
     for name in ["bitsPerByte", "bitsPerByteGainOverTrigram"] {
         assert!((metrics[name] - report.metrics[name]).abs() < 1e-9, "{name}");

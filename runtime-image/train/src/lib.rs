@@ -1,4 +1,4 @@
-//! The training executor: one decoder body, forward and backward, over the kernels.
+//! The training executor: one decoder body, forward and backward, over the kernels or over candle.
 //!
 //! ```text
 //! parameters   a model's tensors in one flat buffer, found by name
@@ -13,7 +13,8 @@
 //! ```
 //!
 //! The body knows two kinds of gradients: of all weights (pretraining), or of the adapters alone, where the frozen matrices
-//! cost only the gradient of their input. Everything is a function of weights, batch and seed: a run repeats bit for bit.
+//! cost only the gradient of their input. On a CPU everything is a function of weights, batch and seed: a run repeats bit for
+//! bit.
 
 mod batch;
 mod body;
@@ -27,7 +28,7 @@ mod random;
 mod scorer;
 
 pub use batch::{Batch, Scored};
-pub use body::{Body, Gradients, Tape};
+pub use body::{Body, Executor, ExecutorError, Gradients, Keep, Placed, Tape};
 pub use checkpoint::{CheckpointError, Checkpoints, State, remove_all, resume};
 pub use job::{Job, Speed, evaluate_error, model_error};
 pub use lora::Lora;

@@ -13,12 +13,12 @@ use crate::parameters::{Layout, Linear, Matrix};
 
 /// One adapter: `a` is `[rank, inputs]`, `b` is `[outputs, rank]`.
 #[derive(Clone, Debug)]
-struct Adapter {
+pub(crate) struct Adapter {
     layer: usize,
     linear: Linear,
-    base: Matrix,
-    a: Range<usize>,
-    b: Range<usize>,
+    pub(crate) base: Matrix,
+    pub(crate) a: Range<usize>,
+    pub(crate) b: Range<usize>,
 }
 
 /// The adapters of a model; their parameters are one flat buffer.
@@ -66,6 +66,19 @@ impl Lora {
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    pub(crate) fn rank(&self) -> usize {
+        self.rank
+    }
+
+    /// `alpha / rank`.
+    pub(crate) fn scale(&self) -> f32 {
+        self.scale
+    }
+
+    pub(crate) fn adapters(&self) -> &[Adapter] {
+        &self.adapters
     }
 
     /// Fresh parameters: `A` uniform in ±1/sqrt(inputs) as in PEFT, `B` zero, so that the policy starts as the reference.

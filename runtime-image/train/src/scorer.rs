@@ -2,33 +2,45 @@
 
 use strata_evaluate::{EvaluateError, LanguageModel};
 
-use crate::{Batch, Body, Tape};
+use crate::body::Placed;
+use crate::{Batch, Body, ExecutorError, Keep, Tape};
 
 /// A body with weights, for evaluation; its buffers are kept between texts.
 pub struct Scorer<'a> {
     body: &'a Body,
-    weights: &'a [f32],
+    weights: Placed<'a>,
     tape: Tape,
 }
 
 impl<'a> Scorer<'a> {
     /// `weights` in the body's layout.
-    pub fn new(body: &'a Body, weights: &'a [f32]) -> Self {
-        Self {
+    ///
+    /// # Errors
+    /// The device has no room for the weights.
+    pub fn new(body: &'a Body, weights: &'a [f32]) -> Result<Self, ExecutorError> {
+        Ok(Self {
             body,
-            weights,
+            weights: body.place(weights)?,
             tape: Tape::default(),
-        }
+        })
     }
 
     /// Log-likelihoods (chosen, rejected) of each pair of `batch`, whose pairs were pushed with these completion lengths.
-    pub fn pair_likelihoods(&mut self, batch: &Batch, lengths: &[(usize, usize)]) -> Vec<(f64, f64)> {
-        let mut log_probs = self.body.forward(self.weights, batch, &mut self.tape, false).iter();
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn pair_likelihoods(
+        &mut self,
+        batch: &Batch,
+        lengths: &[(usize, usize)],
+    ) -> Result<Vec<(f64, f64)>, ExecutorError> {
+        let log_probs = self.body.forward(&self.weights, batch, &mut self.tape, Keep::Nothing)?;
+        let mut log_probs = log_probs.iter();
         let mut sum = |count: usize| log_probs.by_ref().take(count).map(|&p| f64::from(p)).sum::<f64>();
-        lengths
+        Ok(lengths
             .iter()
             .map(|&(chosen, rejected)| (sum(chosen), sum(rejected)))
-            .collect()
+            .collect())
     }
 }
 
@@ -55,6 +67,9 @@ impl LanguageModel for Scorer<'_> {
         }
         let mut batch = Batch::default();
         batch.push_text(tokens, score_from);
-        Ok(self.body.forward(self.weights, &batch, &mut self.tape, false).to_vec())
+        match self.body.forward(&self.weights, &batch, &mut self.tape, Keep::Nothing) {
+            Ok(log_probs) => Ok(log_probs.to_vec()),
+            Err(error) => refuse(error.to_string()),
+        }
     }
 }

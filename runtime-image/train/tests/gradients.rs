@@ -1,11 +1,11 @@
-//! The body against candle: the same decoder in candle's differentiable operations gives the same log-probabilities and the
-//! same gradient of every weight and every adapter parameter, and none of them is zero.
+//! The two executors against one another: the kernels, whose backward is written by hand, and candle, whose backward is
+//! derived. Log-probabilities and the gradient of every weight and every adapter parameter agree, and none of them is zero.
 
 #![allow(clippy::unwrap_used, reason = "in a test an unwrap is an assertion")]
 
-use candle_core::{D, Device, IndexOp, Result, Tensor, Var};
-use strata_model::{EMBEDDING, FINAL_NORM, Family, HEAD, ModelConfig, layer_name};
-use strata_train::{Batch, Body, Gradients, Linear, Lora, Random, Tape, initialize};
+use candle_core::Device;
+use strata_model::{Family, ModelConfig};
+use strata_train::{Batch, Body, Executor, Gradients, Keep, Lora, Random, Tape, initialize};
 
 const CONFIG: ModelConfig = ModelConfig {
     family: Family::Llama,
@@ -24,72 +24,11 @@ const CONFIG: ModelConfig = ModelConfig {
     eos: Vec::new(),
 };
 
-/// The decoder over candle, for one conversation; `weight` looks a tensor up by its HF name.
-fn candle_log_probs(
-    config: &ModelConfig,
-    weight: &dyn Fn(&str) -> Result<Tensor>,
-    tokens: &[u32],
-    from: usize,
-) -> Result<Tensor> {
-    let norm = |x: &Tensor, gain: &str| -> Result<Tensor> {
-        let variance = x.sqr()?.mean_keepdim(D::Minus1)?;
-        x.broadcast_div(&(variance + f64::from(config.norm_eps))?.sqrt()?)?
-            .broadcast_mul(&weight(gain)?)
-    };
-    let (rows, dim, half) = (tokens.len() - 1, config.head_dim, config.head_dim / 2);
-    let angles: Vec<f32> = (0..rows * half)
-        .map(|i| (i / half) as f32 * config.rope_theta.powf(-((i % half) as f32) / half as f32))
-        .collect();
-    let angles = Tensor::from_vec(angles, (rows, 1, half), &Device::Cpu)?;
-    let (cos, sin) = (angles.cos()?, angles.sin()?);
-    let rope = |x: Tensor| -> Result<Tensor> {
-        let (a, b) = (x.narrow(2, 0, half)?, x.narrow(2, half, half)?);
-        let low = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
-        let high = (b.broadcast_mul(&cos)? + a.broadcast_mul(&sin)?)?;
-        Tensor::cat(&[low, high], 2)
-    };
-    let mask: Vec<f32> = (0..rows * rows)
-        .map(|i| if i % rows <= i / rows { 0.0 } else { f32::NEG_INFINITY })
-        .collect();
-    let mask = Tensor::from_vec(mask, (rows, rows), &Device::Cpu)?;
-    let mut x = weight(EMBEDDING)?.index_select(&Tensor::new(&tokens[..rows], &Device::Cpu)?, 0)?;
-    for layer in 0..config.layers {
-        let linear = |x: &Tensor, linear: Linear| x.matmul(&weight(&layer_name(layer, linear.part()))?.t()?);
-        let n = norm(&x, &layer_name(layer, "input_layernorm"))?;
-        let q = rope(linear(&n, Linear::Q)?.reshape((rows, config.heads, dim))?)?;
-        let k = rope(linear(&n, Linear::K)?.reshape((rows, config.kv_heads, dim))?)?;
-        let v = linear(&n, Linear::V)?.reshape((rows, config.kv_heads, dim))?;
-        let mut heads = Vec::new();
-        for head in 0..config.heads {
-            let kv = head / (config.heads / config.kv_heads);
-            let pick = |x: &Tensor, head: usize| x.i((.., head, ..))?.contiguous();
-            let scores = (pick(&q, head)?.matmul(&pick(&k, kv)?.t()?)? / (dim as f64).sqrt())?;
-            let scores = scores.broadcast_add(&mask)?;
-            let exp = scores.broadcast_sub(&scores.max_keepdim(1)?.detach())?.exp()?;
-            let p = exp.broadcast_div(&exp.sum_keepdim(1)?)?;
-            heads.push(p.matmul(&pick(&v, kv)?)?);
-        }
-        x = (x + linear(&Tensor::cat(&heads, 1)?, Linear::O)?)?;
-        let n = norm(&x, &layer_name(layer, "post_attention_layernorm"))?;
-        let gate = linear(&n, Linear::Gate)?;
-        let silu = (&gate / (gate.neg()?.exp()? + 1.0)?)?;
-        x = (x + linear(&(silu * linear(&n, Linear::Up)?)?, Linear::Down)?)?;
-    }
-    let x = norm(&x, FINAL_NORM)?.narrow(0, from - 1, rows + 1 - from)?;
-    let head = if config.tie_embeddings { EMBEDDING } else { HEAD };
-    let logits = x.matmul(&weight(head)?.t()?)?;
-    let log_sums = logits.exp()?.sum_keepdim(1)?.log()?;
-    let targets = Tensor::new(&tokens[from..], &Device::Cpu)?.unsqueeze(1)?;
-    logits.broadcast_sub(&log_sums)?.gather(&targets, 1)?.squeeze(1)
-}
-
 struct Case {
-    config: ModelConfig,
-    body: Body,
+    kernels: Body,
+    candle: Body,
     weights: Vec<f32>,
     batch: Batch,
-    /// The same texts apart: tokens and where scoring starts, in the order of the batch's questions.
-    texts: Vec<(Vec<u32>, usize)>,
     coefficients: Vec<f32>,
 }
 
@@ -98,45 +37,60 @@ fn case(tie_embeddings: bool) -> Case {
         tie_embeddings,
         ..CONFIG
     };
-    let body = Body::new(&config);
-    let mut weights = initialize(&config, body.layout(), 5);
+    let kernels = Body::new(&config, Executor::Kernels);
+    let mut weights = initialize(&config, kernels.layout(), 5);
     let mut random = Random::new(1, 9);
     // Away from the start of a training, so that nothing is small by chance; gains differ from 1.
     weights
         .iter_mut()
         .for_each(|w| *w = *w * 1.4 + random.normal() as f32 * 0.05);
     let mut tokens = |count: usize| -> Vec<u32> { (0..count).map(|_| random.below(50) as u32).collect() };
-    let (text, prompt, chosen, rejected) = (tokens(12), tokens(7), tokens(5), tokens(3));
     let mut batch = Batch::default();
-    batch.push_text(&text, 4);
-    batch.push_pair(&prompt, &chosen, &rejected);
-    let texts = vec![
-        (text, 4),
-        ([prompt.clone(), chosen].concat(), 7),
-        ([prompt, rejected].concat(), 7),
-    ];
+    batch.push_text(&tokens(12), 4);
+    batch.push_pair(&tokens(7), &tokens(5), &tokens(3));
     let coefficients = (0..batch.scored().len())
         .map(|i| ((i % 5) as f32 - 1.7) / 3.0)
         .collect();
     Case {
-        config,
-        body,
+        candle: Body::new(&config, Executor::Candle(Device::Cpu)),
+        kernels,
         weights,
         batch,
-        texts,
         coefficients,
     }
 }
 
-/// Log-probabilities by candle in the order of the batch, and their sum weighted by the coefficients.
-fn candle_objective(case: &Case, weight: &dyn Fn(&str) -> Result<Tensor>) -> Result<(Vec<f32>, Tensor)> {
-    let parts = case
-        .texts
-        .iter()
-        .map(|(tokens, from)| candle_log_probs(&case.config, weight, tokens, *from));
-    let log_probs = Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 0)?;
-    let coefficients = Tensor::new(case.coefficients.as_slice(), &Device::Cpu)?;
-    Ok((log_probs.to_vec1()?, (log_probs * coefficients)?.sum_all()?))
+impl Case {
+    fn log_probs(&self, body: &Body, weights: &[f32]) -> Vec<f32> {
+        let weights = body.place(weights).unwrap();
+        let mut tape = Tape::default();
+        let log_probs = body.forward(&weights, &self.batch, &mut tape, Keep::Nothing);
+        log_probs.unwrap().to_vec()
+    }
+
+    /// Forward and backward; returns the log-probabilities.
+    fn pass(&self, body: &Body, weights: &[f32], keep: Keep, mut sink: Gradients) -> Vec<f32> {
+        let weights = body.place(weights).unwrap();
+        let mut tape = Tape::default();
+        let log_probs = body.forward(&weights, &self.batch, &mut tape, keep).unwrap().to_vec();
+        body.backward(&weights, &self.batch, &mut tape, &self.coefficients, &mut sink)
+            .unwrap();
+        log_probs
+    }
+
+    /// The gradient of the adapter's parameters.
+    fn adapter_gradient(&self, body: &Body, lora: &Lora, parameters: &[f32]) -> Vec<f32> {
+        let mut merged = self.weights.clone();
+        lora.merge(&mut merged, &self.weights, parameters);
+        let mut gradients = vec![0f32; lora.len()];
+        let sink = Gradients::Adapter {
+            lora,
+            parameters,
+            gradients: &mut gradients,
+        };
+        self.pass(body, &merged, Keep::ForAdapters, sink);
+        gradients
+    }
 }
 
 fn assert_close(name: &str, got: &[f32], expected: &[f32]) {
@@ -158,55 +112,27 @@ fn assert_close(name: &str, got: &[f32], expected: &[f32]) {
 fn every_weight_gets_the_gradient_that_candle_gives_it() {
     for tie_embeddings in [true, false] {
         let case = case(tie_embeddings);
-        let vars: Vec<(String, Var)> = case
-            .body
-            .layout()
-            .tensors()
-            .iter()
-            .map(|(tensor, range)| {
-                let values = case.weights[range.clone()].to_vec();
-                let var =
-                    Tensor::from_vec(values, tensor.shape.as_slice(), &Device::Cpu).and_then(|t| Var::from_tensor(&t));
-                (tensor.name.clone(), var.unwrap())
-            })
-            .collect();
-        let weight = |name: &str| {
-            Ok(vars
-                .iter()
-                .find(|(found, _)| found == name)
-                .unwrap()
-                .1
-                .as_tensor()
-                .clone())
-        };
-        let (expected, objective) = candle_objective(&case, &weight).unwrap();
-        let expected_gradients = objective.backward().unwrap();
-
-        let mut tape = Tape::default();
-        let got = case.body.forward(&case.weights, &case.batch, &mut tape, true).to_vec();
-        assert_close("log-probabilities", &got, &expected);
-        let without = case
-            .body
-            .forward(&case.weights, &case.batch, &mut Tape::default(), false)
-            .to_vec();
-        assert_eq!(got, without, "keeping for backward changes nothing");
-        let mut gradients = vec![0f32; case.weights.len()];
-        case.body.backward(
-            &case.weights,
-            &case.batch,
-            &mut tape,
-            &case.coefficients,
-            &mut Gradients::All(&mut gradients),
-        );
-        for ((tensor, range), (_, var)) in case.body.layout().tensors().iter().zip(&vars) {
-            let expected = expected_gradients
-                .get(var)
-                .unwrap()
-                .flatten_all()
-                .unwrap()
-                .to_vec1::<f32>()
-                .unwrap();
-            assert_close(&tensor.name, &gradients[range.clone()], &expected);
+        // What was there stays: gradients are added.
+        let (mut got, mut expected) = (vec![0.25f32; case.weights.len()], vec![0f32; case.weights.len()]);
+        let log_probs = case.pass(&case.kernels, &case.weights, Keep::ForAll, Gradients::All(&mut got));
+        let by_candle = case.pass(&case.candle, &case.weights, Keep::ForAll, Gradients::All(&mut expected));
+        assert_close("log-probabilities", &log_probs, &by_candle);
+        for body in [&case.kernels, &case.candle] {
+            let kept = if std::ptr::eq(body, &case.kernels) {
+                &log_probs
+            } else {
+                &by_candle
+            };
+            let name = body.executor().name();
+            assert_eq!(
+                &case.log_probs(body, &case.weights),
+                kept,
+                "{name}: keeping changes nothing"
+            );
+        }
+        got.iter_mut().for_each(|gradient| *gradient -= 0.25);
+        for (tensor, range) in case.kernels.layout().tensors() {
+            assert_close(&tensor.name, &got[range.clone()], &expected[range.clone()]);
         }
     }
 }
@@ -214,91 +140,62 @@ fn every_weight_gets_the_gradient_that_candle_gives_it() {
 #[test]
 fn every_adapter_parameter_gets_the_gradient_that_candle_gives_it() {
     let case = case(true);
-    let layout = case.body.layout();
-    let lora = Lora::new(layout, 3, 6.0);
+    let lora = Lora::new(case.kernels.layout(), 3, 6.0);
     let mut random = Random::new(2, 2);
     let parameters: Vec<f32> = (0..lora.len()).map(|_| random.normal() as f32 * 0.2).collect();
-    let vars: Vec<(String, Var)> = lora
-        .tensors()
-        .into_iter()
-        .map(|(name, shape, range)| {
-            let var =
-                Tensor::from_vec(parameters[range].to_vec(), shape, &Device::Cpu).and_then(|t| Var::from_tensor(&t));
-            (name, var.unwrap())
-        })
-        .collect();
-    let weight = |name: &str| -> Result<Tensor> {
-        let (tensor, range) = layout.tensors().iter().find(|(tensor, _)| tensor.name == name).unwrap();
-        let base = Tensor::from_vec(
-            case.weights[range.clone()].to_vec(),
-            tensor.shape.as_slice(),
-            &Device::Cpu,
-        )?;
-        let adapter = |part: &str| {
-            let name = format!(
-                "base_model.model.{}",
-                name.replace(".weight", &format!(".{part}.weight"))
-            );
-            vars.iter()
-                .find(|(found, _)| *found == name)
-                .map(|(_, var)| var.as_tensor().clone())
-        };
-        match (adapter("lora_A"), adapter("lora_B")) {
-            (Some(a), Some(b)) => base + (b.matmul(&a)? * 2.0)?,
-            _ => Ok(base),
-        }
-    };
-    let (expected, objective) = candle_objective(&case, &weight).unwrap();
-    let expected_gradients = objective.backward().unwrap();
+    let got = case.adapter_gradient(&case.kernels, &lora, &parameters);
+    let expected = case.adapter_gradient(&case.candle, &lora, &parameters);
+    for (name, _, range) in lora.tensors() {
+        assert_close(&name, &got[range.clone()], &expected[range]);
+    }
+}
 
-    let mut merged = case.weights.clone();
-    lora.merge(&mut merged, &case.weights, &parameters);
-    let mut tape = Tape::default();
-    assert_close(
-        "log-probabilities",
-        case.body.forward(&merged, &case.batch, &mut tape, true),
-        &expected,
-    );
-    let mut gradients = vec![0f32; lora.len()];
-    let mut sink = Gradients::Adapter {
-        lora: &lora,
-        parameters: &parameters,
-        gradients: &mut gradients,
+/// Merging and the chain rule through it are the same in both executors: this is what holds them to the definition.
+#[test]
+fn an_adapters_gradient_is_the_slope_of_the_objective() {
+    let case = case(true);
+    let lora = Lora::new(case.kernels.layout(), 3, 6.0);
+    let mut random = Random::new(3, 2);
+    let parameters: Vec<f32> = (0..lora.len()).map(|_| random.normal() as f32 * 0.2).collect();
+    let gradient = case.adapter_gradient(&case.kernels, &lora, &parameters);
+    let objective = |parameters: &[f32]| -> f64 {
+        let mut merged = case.weights.clone();
+        lora.merge(&mut merged, &case.weights, parameters);
+        let log_probs = case.log_probs(&case.kernels, &merged);
+        let terms = log_probs.iter().zip(&case.coefficients);
+        terms.map(|(&p, &c)| f64::from(p) * f64::from(c)).sum()
     };
-    case.body
-        .backward(&merged, &case.batch, &mut tape, &case.coefficients, &mut sink);
-    for ((name, _, range), (_, var)) in lora.tensors().into_iter().zip(&vars) {
-        let expected = expected_gradients
-            .get(var)
-            .unwrap()
-            .flatten_all()
-            .unwrap()
-            .to_vec1::<f32>()
+    for (name, _, range) in lora.tensors() {
+        let steepest = range
+            .max_by(|&i, &j| gradient[i].abs().total_cmp(&gradient[j].abs()))
             .unwrap();
-        assert_close(&name, &gradients[range], &expected);
+        let moved = |by: f32| {
+            let mut parameters = parameters.clone();
+            parameters[steepest] += by;
+            objective(&parameters)
+        };
+        let slope = (moved(1e-2) - moved(-1e-2)) / 2e-2;
+        let got = f64::from(gradient[steepest]);
+        assert!(
+            (got - slope).abs() < 0.02 * slope.abs() + 1e-3,
+            "{name}: {got}, the slope is {slope}"
+        );
     }
 }
 
 #[test]
 fn a_fresh_adapter_is_the_reference_and_only_b_has_a_gradient() {
     let case = case(true);
-    let lora = Lora::new(case.body.layout(), 3, 6.0);
+    let lora = Lora::new(case.kernels.layout(), 3, 6.0);
     let parameters = lora.initialize(7);
     let mut merged = case.weights.clone();
     lora.merge(&mut merged, &case.weights, &parameters);
     assert_eq!(merged, case.weights);
-    let mut tape = Tape::default();
-    case.body.forward(&merged, &case.batch, &mut tape, true);
-    let mut gradients = vec![0f32; lora.len()];
-    let mut sink = Gradients::Adapter {
-        lora: &lora,
-        parameters: &parameters,
-        gradients: &mut gradients,
-    };
-    case.body
-        .backward(&merged, &case.batch, &mut tape, &case.coefficients, &mut sink);
-    for (name, _, range) in lora.tensors() {
-        let moved = gradients[range].iter().any(|g| *g != 0.0);
-        assert_eq!(moved, name.contains("lora_B"), "{name}");
+    for body in [&case.kernels, &case.candle] {
+        let gradients = case.adapter_gradient(body, &lora, &parameters);
+        for (name, _, range) in lora.tensors() {
+            let moved = gradients[range].iter().any(|g| *g != 0.0);
+            assert_eq!(moved, name.contains("lora_B"), "{name} by {}", body.executor().name());
+        }
     }
 }
