@@ -1,6 +1,8 @@
 # Names the commands. What they do is in e2e/ (the cluster, the demo, the tests) and in the crates themselves.
 export CARGO_TARGET_DIR ?= $(HOME)/.cache/strata/target
 BIN := $(CARGO_TARGET_DIR)/debug
+CACHE := $(or $(STRATA_CACHE),$(HOME)/.cache/strata)
+CARGO_DENY := 0.20.2
 # The cluster of the demo: empty for one on this machine, `current` for that of the kubectl context, which then needs
 # a registry that it can pull from.
 CLUSTER ?=
@@ -12,7 +14,7 @@ SLOT ?= 1
 E2E := bed manifests chart bad_input release story
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-down test lint lint-cuda generate generated test-unit test-e2e test-interop programs bed bed-down
+.PHONY: help demo demo-down test lint lint-cuda deny generate generated test-unit test-e2e test-interop programs bed bed-down
 
 help: ## Show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -23,7 +25,7 @@ demo: programs ## A real model life on a real cluster: from raw text to a chat (
 demo-down: programs ## Remove all that the demo made
 	$(BIN)/demo --down $(WHERE)
 
-test: lint lint-cuda generated test-unit test-e2e ## All tests
+test: lint lint-cuda deny generated test-unit test-e2e ## All tests
 
 lint: ## Format and clippy, warnings denied
 	cargo fmt --all --check
@@ -32,6 +34,10 @@ lint: ## Format and clippy, warnings denied
 lint-cuda: ## Type-check the CUDA build; needs neither a GPU nor NVIDIA's compiler
 	NVCC="$(CURDIR)/.ci/nvcc" CUDA_COMPUTE_CAP=90 CUDARC_CUDA_VERSION=13000 \
 		cargo clippy --workspace --features strata-runtime/cuda -- -D warnings
+
+deny: ## Licences, sources and bans of the dependencies, as deny.toml says
+	test -x $(CACHE)/cargo-deny/bin/cargo-deny || cargo install --quiet --locked --root $(CACHE)/cargo-deny cargo-deny@$(CARGO_DENY)
+	PATH=$(CACHE)/cargo-deny/bin:$$PATH cargo deny --log-level error check bans licenses sources
 
 generate: programs ## Write the CRDs and the reference anew
 	$(BIN)/crdgen .
@@ -44,7 +50,8 @@ generated: programs ## Check that the generated files are in step with the code
 
 test-unit: programs ## Unit, property and mock-server tests
 	$(BIN)/bed model >/dev/null
-	cargo test --workspace --exclude strata-e2e
+	cargo test --workspace --lib --bins
+	cargo test --workspace --exclude strata-e2e --test '*'
 
 test-e2e: bed ## Tests on a real cluster; it stays up when one fails
 	eval "$$($(BIN)/bed env --slot $(SLOT))" && cargo test --workspace $(E2E:%=--test %)

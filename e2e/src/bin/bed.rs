@@ -1,6 +1,6 @@
 //! `bed`: a real one-node Kubernetes on this machine, for the demo, the tests and trials.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -80,7 +80,7 @@ fn run(command: Command) -> anyhow::Result<()> {
                 Command::Down(at) => Bed::new(at.slot).down(),
                 Command::Images(at) => Bed::new(at.slot).import(&catalog::STRATA),
                 Command::Model => {
-                    command::say(catalog::model()?.display());
+                    print_model(&catalog::model()?);
                     Ok(())
                 }
                 Command::Push { registry } => catalog::push(&registry).map(drop),
@@ -98,6 +98,11 @@ fn print_environment(bed: &Bed) {
     println!("export KUBECONFIG={}", bed.kubeconfig().display());
     println!("export STRATA_E2E={}", bed.slot());
     println!("export PATH={}:$PATH", kubectl_folder().display());
+}
+
+#[allow(clippy::print_stdout, reason = "a script reads what this prints")]
+fn print_model(path: &Path) {
+    println!("{}", path.display());
 }
 
 fn kubectl_folder() -> PathBuf {

@@ -12,7 +12,7 @@ use strata_encode::{Packer, TextTokenizer, TokenWriter};
 use strata_stage::StageContext;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    tracing_subscriber::fmt().with_target(false).init();
+    tracing_subscriber::fmt().with_target(false).with_ansi(false).init();
     let mut arguments = std::env::args().skip(1);
     let usage = "usage: from_text TEXT OUT [KEY=VALUE]…";
     let (text, out) = (
