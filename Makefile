@@ -14,18 +14,26 @@ SLOT ?= 1
 E2E := bed manifests chart bad_input release story
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-down test lint lint-cuda deny generate generated test-unit test-e2e test-interop programs bed bed-down
+.PHONY: help demo demo-down test preflight lint lint-cuda deny generate generated test-unit test-e2e test-interop programs bed bed-down
 
 help: ## Show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
-demo: programs ## A real model life on a real cluster: from raw text to a chat (CLUSTER=current REGISTRY=… for your own)
+demo: preflight programs ## A real model life on a real cluster: from raw text to a chat (CLUSTER=current REGISTRY=… for your own)
 	$(BIN)/demo $(WHERE)
 
 demo-down: programs ## Remove all that the demo made
 	$(BIN)/demo --down $(WHERE)
 
-test: lint lint-cuda deny generated test-unit test-e2e ## All tests
+test: preflight lint lint-cuda deny generated test-unit test-e2e ## All tests
+
+# What cannot be installed is named before anything is compiled.
+preflight:
+	@test "$(CLUSTER)" = current || test "$$(id -u)" = 0 || { echo "needs root: it starts a Kubernetes in namespaces of its own"; exit 1; }
+	@command -v cargo >/dev/null || { echo "needs Rust: install it with rustup"; exit 1; }
+	@command -v go >/dev/null || { echo "needs Go 1.21 or later: it compiles Kubernetes' programs"; exit 1; }
+	@command -v cc >/dev/null || { apt-get update --quiet && apt-get install --yes --quiet gcc libc6-dev; }
+	@test -x $(BIN)/bed || echo "compiling Strata: about 8 minutes on 2 cores the first time"
 
 lint: ## Format and clippy, warnings denied
 	cargo fmt --all --check
