@@ -5,6 +5,7 @@
 //! text are kept, and short ones (headings, captions, lines of a dialogue) only beside kept ones (after jusText,
 //! Pomikálek 2011).
 
+use html5gum::emitters::default::DefaultEmitter;
 use html5gum::{StartTag, Token, Tokenizer};
 
 /// Regions without running text.
@@ -22,8 +23,8 @@ const SKIPPED_ROLES: [&str; 7] = [
     "dialog",
     "menu",
 ];
-/// Words in a class or id that mark boilerplate. Whole words: `nav` does not match `naval`.
-const SKIPPED_WORDS: [&str; 30] = [
+/// Names in a class or id that mark boilerplate. Whole names: `nav` matches neither `naval` nor `no-nav`.
+const SKIPPED_NAMES: [&str; 38] = [
     "nav",
     "navbar",
     "navigation",
@@ -35,26 +36,47 @@ const SKIPPED_WORDS: [&str; 30] = [
     "breadcrumbs",
     "cookie",
     "cookies",
+    "cookie-banner",
+    "cookie-consent",
+    "cookie-notice",
     "consent",
     "advert",
     "ads",
     "promo",
     "share",
+    "share-buttons",
     "social",
+    "social-links",
+    "social-share",
     "comments",
     "related",
+    "related-articles",
+    "related-posts",
     "pagination",
     "toc",
     "infobox",
     "editsection",
+    "mw-editsection",
     "reflist",
     "references",
     "catlinks",
     "metadata",
     "noprint",
-    "hidden",
     "modal",
 ];
+/// Last words of names that mark boilerplate whatever comes before, as in `site-footer`.
+const SKIPPED_LAST_WORDS: [&str; 8] = [
+    "nav",
+    "navbar",
+    "navigation",
+    "menu",
+    "sidebar",
+    "footer",
+    "breadcrumb",
+    "breadcrumbs",
+];
+/// Words that make a name tell of a region instead of being one, as `has-sidebar` does.
+const TELLING_WORDS: [&str; 6] = ["no", "not", "has", "with", "without", "hide"];
 /// Tags that a class or id may turn into boilerplate; each needs an end tag, so a region has an end.
 const REGION_TAGS: [&str; 11] = [
     "div", "section", "ul", "ol", "dl", "table", "header", "span", "sup", "details", "fieldset",
@@ -134,6 +156,8 @@ impl Block {
 
 #[derive(Default)]
 struct Extractor {
+    /// Whether a class or id may mark a region as boilerplate.
+    by_name: bool,
     blocks: Vec<Block>,
     current: Block,
     /// Tag of the region that is passed over, and how deep its name is nested.
@@ -147,8 +171,23 @@ struct Extractor {
 
 /// The main text of `html`; empty if it has none.
 pub(super) fn main_text(html: &str) -> String {
-    let mut extractor = Extractor::default();
-    for Ok(token) in Tokenizer::new(html) {
+    // A page may wrap all of itself in a name that elsewhere marks boilerplate.
+    [true, false]
+        .into_iter()
+        .map(|by_name| extract(html, by_name))
+        .find(|text| !text.is_empty())
+        .unwrap_or_default()
+}
+
+fn extract(html: &str, by_name: bool) -> String {
+    let mut extractor = Extractor {
+        by_name,
+        ..Extractor::default()
+    };
+    // Inside of scripts, styles and titles a `<` opens no tag.
+    let mut emitter = DefaultEmitter::default();
+    emitter.naively_switch_states(true);
+    for Ok(token) in Tokenizer::new_with_emitter(html, emitter) {
         match token {
             Token::StartTag(tag) => extractor.open(&tag),
             Token::EndTag(tag) => extractor.close(&tag.name),
@@ -166,7 +205,7 @@ impl Extractor {
             *depth += usize::from(region == name);
             return;
         }
-        if !is_one(name, &VOID_TAGS) && !tag.self_closing && is_boilerplate(tag) {
+        if !is_one(name, &VOID_TAGS) && !tag.self_closing && is_boilerplate(tag, self.by_name) {
             self.end_block();
             self.skipping = Some((name.to_vec(), 1));
             return;
@@ -288,7 +327,7 @@ fn keeps(blocks: &[Block], running: &[bool], at: usize) -> bool {
     after && (before || blocks[at].heading)
 }
 
-fn is_boilerplate(tag: &StartTag<()>) -> bool {
+fn is_boilerplate(tag: &StartTag<()>, by_name: bool) -> bool {
     let name = tag.name.as_slice();
     if is_one(name, &SKIPPED_TAGS) {
         return true;
@@ -298,15 +337,22 @@ fn is_boilerplate(tag: &StartTag<()>) -> bool {
     }
     let skipped_role = attribute(tag, b"role").is_some_and(|role| SKIPPED_ROLES.contains(&role.as_str()));
     let hidden = tag.attributes.contains_key(b"hidden".as_slice());
-    let marked = [b"class".as_slice(), b"id"]
-        .iter()
-        .filter_map(|name| attribute(tag, name))
-        .any(|value| {
-            value
-                .split(|c: char| !c.is_alphanumeric())
-                .any(|word| SKIPPED_WORDS.contains(&word))
-        });
-    skipped_role || hidden || marked
+    let named = by_name
+        && [b"class".as_slice(), b"id"]
+            .iter()
+            .filter_map(|name| attribute(tag, name))
+            .any(|names| names.split_whitespace().any(marks_boilerplate));
+    skipped_role || hidden || named
+}
+
+fn marks_boilerplate(name: &str) -> bool {
+    let mut words = name.split(['-', '_']);
+    SKIPPED_NAMES.contains(&name)
+        || (words
+            .clone()
+            .next_back()
+            .is_some_and(|last| SKIPPED_LAST_WORDS.contains(&last))
+            && !words.any(|word| TELLING_WORDS.contains(&word)))
 }
 
 fn attribute(tag: &StartTag<()>, name: &[u8]) -> Option<String> {
@@ -350,6 +396,41 @@ mod tests {
         assert_eq!(main_text(&html), RUNNING);
         let empty = format!("<main><p>Short.</p></main><p>{RUNNING}</p>");
         assert_eq!(main_text(&empty), RUNNING);
+    }
+
+    #[test]
+    fn text_after_a_script_is_read_whatever_the_script_holds() {
+        for inside in [
+            "<script>for(i=0;i<n;i++){}</script>",
+            "<script>var s='<!--'</script>",
+            "<script>document.write('<p>no<\\/p>')</script>",
+            "<style>a::before{content:'<b'}</style>",
+            "<title>a <b or <!-- so</title>",
+        ] {
+            let html = format!("<p>{RUNNING}</p>{inside}<p>{RUNNING}</p>");
+            assert_eq!(main_text(&html), format!("{RUNNING}\n\n{RUNNING}"), "{inside}");
+        }
+    }
+
+    #[test]
+    fn a_name_marks_boilerplate_as_a_whole_and_never_the_whole_page() {
+        let wrapped = |name: &str| main_text(&format!("<p>{RUNNING}</p><div class=\"{name}\"><p>{RUNNING}</p></div>"));
+        for name in ["nav", "wide site-footer", "main_nav", "cookie-banner", "mw-editsection"] {
+            assert_eq!(wrapped(name), RUNNING, "{name}");
+        }
+        for name in [
+            "overflow-hidden",
+            "hidden md:block",
+            "no-sidebar",
+            "has-sidebar",
+            "layout-with-right-sidebar",
+            "nav-open",
+            "naval",
+        ] {
+            assert_eq!(wrapped(name), format!("{RUNNING}\n\n{RUNNING}"), "{name}");
+        }
+        let whole = format!("<div class=left-sidebar><div><p>{RUNNING}</p></div></div>");
+        assert_eq!(main_text(&whole), RUNNING);
     }
 
     #[test]
