@@ -135,10 +135,7 @@ impl Engine {
         let (ended, ended_receiver) = oneshot::channel();
         let runner = Runner {
             commands: receiver,
-            scheduler: Scheduler::new(Limits {
-                max_waiting: most_in_flight,
-                ..limits
-            }),
+            scheduler: Scheduler::new(limits),
             executor,
             vocabulary,
             active: HashMap::new(),
@@ -184,6 +181,14 @@ impl Engine {
             SubmitError::Stopped
         })?;
         Ok(receiver)
+    }
+
+    /// Whether a request would be taken now.
+    pub fn has_room(&self) -> Result<(), SubmitError> {
+        match self.in_flight() < self.most_in_flight {
+            true => Ok(()),
+            false => Err(SubmitError::Busy(self.most_in_flight)),
+        }
     }
 
     /// Requests that were taken and have not ended.
@@ -277,7 +282,7 @@ impl Runner {
             },
         );
         if let Some(refusal) = refused {
-            tracing::error!(?refusal, "a request passed the server's checks but not the scheduler's");
+            tracing::error!(%refusal, "a request passed the server's checks but not the scheduler's");
             self.finish(id, FinishReason::Abort);
         }
     }
@@ -390,7 +395,7 @@ impl Runner {
         let usage = Usage {
             prompt_tokens: request.submission.prompt.len(),
             completion_tokens: request.count,
-            cached_tokens: self.scheduler.cached(id).min(request.submission.prompt.len()),
+            cached_tokens: self.scheduler.cached(id),
         };
         self.metrics.finished(reason, &usage, request.arrived.elapsed());
         // A reader that has gone does not want it.

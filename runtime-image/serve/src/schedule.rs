@@ -28,7 +28,7 @@ pub struct Limits {
     pub max_sequences: usize,
     /// Tokens that a step computes.
     pub max_batched_tokens: usize,
-    /// Requests that wait.
+    /// Requests that wait; the engine takes no more.
     pub max_waiting: usize,
     /// Tokens in a block.
     pub block_tokens: usize,
@@ -38,16 +38,12 @@ pub struct Limits {
     pub prefix_caching: bool,
 }
 
-/// Why a request was not taken.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Refusal {
-    /// The waiting queue is full; later it may fit.
-    Full,
-    /// It could not run even alone: the cache holds `most` tokens.
-    TooLong {
-        /// Tokens that the whole cache holds.
-        most: usize,
-    },
+/// A request that could not run even alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the whole cache holds {most} tokens")]
+pub struct TooLong {
+    /// Tokens that the whole cache holds.
+    pub most: usize,
 }
 
 /// A piece of work in a step: compute `count` tokens of `id` from `start` on.
@@ -83,8 +79,9 @@ struct Request {
     /// Full blocks that the prefix cache knows, and the name of the last one's content.
     known: usize,
     content: u64,
-    /// Prompt tokens that came from the prefix cache when it was last admitted.
-    cached: usize,
+    /// Prompt tokens that came from the prefix cache; known once it was admitted for the first time. What a preempted
+    /// request finds later is mostly its own, and would count as a hit what is only lost and found.
+    cached: Option<usize>,
 }
 
 /// The scheduler.
@@ -113,13 +110,10 @@ impl Scheduler {
     }
 
     /// Takes a request with its prompt (not empty) that will have at most `max_total` tokens, prompt included.
-    pub fn add(&mut self, id: RequestId, prompt: Vec<u32>, max_total: usize) -> Result<(), Refusal> {
+    pub fn add(&mut self, id: RequestId, prompt: Vec<u32>, max_total: usize) -> Result<(), TooLong> {
         let most = self.limits.blocks * self.limits.block_tokens;
         if max_total.max(prompt.len()) > most {
-            return Err(Refusal::TooLong { most });
-        }
-        if self.waiting.len() >= self.limits.max_waiting {
-            return Err(Refusal::Full);
+            return Err(TooLong { most });
         }
         let request = Request {
             tokens: prompt,
@@ -127,7 +121,7 @@ impl Scheduler {
             table: Vec::new(),
             known: 0,
             content: 0,
-            cached: 0,
+            cached: None,
         };
         let before = self.requests.insert(id, request);
         assert!(before.is_none(), "request {id} is there already");
@@ -238,12 +232,12 @@ impl Scheduler {
                 return;
             }
             self.waiting.pop_front();
-            if self.limits.prefix_caching {
-                self.counts.prefix_queries += request.tokens.len() as u64;
-                self.counts.prefix_hits += (hits.len() * size) as u64;
-            }
             request.computed = hits.len() * size;
-            request.cached = request.computed;
+            if self.limits.prefix_caching && request.cached.is_none() {
+                self.counts.prefix_queries += request.tokens.len() as u64;
+                self.counts.prefix_hits += request.computed as u64;
+            }
+            request.cached.get_or_insert(request.computed);
             request.known = hits.len();
             request.content = content;
             request.table = hits;
@@ -306,7 +300,7 @@ impl Scheduler {
 
     /// Prompt tokens of a request that came from the prefix cache.
     pub fn cached(&self, id: RequestId) -> usize {
-        self.requests.get(&id).map_or(0, |request| request.cached)
+        self.requests.get(&id).and_then(|request| request.cached).unwrap_or(0)
     }
 
     /// Requests that run.

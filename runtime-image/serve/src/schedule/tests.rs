@@ -34,7 +34,7 @@ impl Machine {
         }
     }
 
-    fn add(&mut self, id: RequestId, prompt: Vec<u32>, more: usize) -> Result<(), Refusal> {
+    fn add(&mut self, id: RequestId, prompt: Vec<u32>, more: usize) -> Result<(), TooLong> {
         let total = prompt.len() + more;
         self.scheduler.add(id, prompt, total)?;
         self.goals.insert(id, total);
@@ -136,14 +136,10 @@ fn producing_requests_go_first_and_a_long_prompt_shares_the_step_in_chunks() {
 }
 
 #[test]
-fn a_full_queue_and_an_impossible_request_are_refused() {
-    let mut scheduler = Scheduler::new(Limits {
-        max_waiting: 1,
-        ..limits()
-    });
-    assert_eq!(scheduler.add(1, vec![0; 3], 49), Err(Refusal::TooLong { most: 48 }));
+fn a_request_that_the_whole_cache_does_not_hold_is_refused() {
+    let mut scheduler = Scheduler::new(limits());
+    assert_eq!(scheduler.add(1, vec![0; 3], 49), Err(TooLong { most: 48 }));
     assert_eq!(scheduler.add(2, vec![0; 3], 48), Ok(()));
-    assert_eq!(scheduler.add(3, vec![0; 3], 4), Err(Refusal::Full));
 }
 
 #[test]
@@ -189,6 +185,22 @@ fn a_prompt_that_begins_like_an_earlier_one_computes_only_the_rest() {
     // The same tokens after another beginning are not the same content.
     machine.add(4, [&[99; 4], &prompt[4..8], &[1]].concat(), 1).unwrap();
     assert_eq!(machine.step()[0].start, 0);
+}
+
+#[test]
+fn what_a_preempted_request_finds_of_its_own_is_no_hit_of_the_prefix_cache() {
+    let mut machine = Machine::new(limits());
+    for id in 0..4 {
+        machine.add(id, vec![10 + id as u32; 5], 28).unwrap();
+    }
+    machine.run_to_end();
+    let counts = machine.scheduler.counts();
+    assert!(counts.preemptions > 0, "12 blocks cannot hold 4 × 33 tokens");
+    assert_eq!(
+        (counts.prefix_queries, counts.prefix_hits),
+        (4 * 5, 0),
+        "four prompts of 5 tokens, no two of which begin alike"
+    );
 }
 
 #[derive(Clone, Debug)]
