@@ -72,7 +72,14 @@ pub struct ServeArgs {
     /// Number type of keys and values.
     #[arg(long, value_enum, default_value_t = CacheDtype::F16)]
     pub kv_cache_dtype: CacheDtype,
-    /// Seconds that running requests get to finish after SIGTERM.
+    /// Seconds that a client gets to send the body of a request.
+    #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub body_timeout: u64,
+    /// Seconds after SIGTERM in which new requests are still answered: until every load balancer knows that this server is not
+    /// ready, some send more.
+    #[arg(long, default_value_t = 5)]
+    pub shutdown_delay: u64,
+    /// Seconds that running requests get to finish after that.
     #[arg(long, default_value_t = 30)]
     pub shutdown_timeout: u64,
 }

@@ -1,5 +1,6 @@
 //! The OpenAI API at the edge: JSON in, tokens to the engine, events out.
 
+mod admit;
 mod api;
 mod chat;
 mod completions;
@@ -7,28 +8,31 @@ mod error;
 mod other;
 mod prepare;
 mod respond;
+mod unsupported;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::Router;
-use axum::extract::DefaultBodyLimit;
+use axum::extract::{DefaultBodyLimit, State as Extract};
+use axum::middleware::map_response_with_state;
+use axum::response::Response;
 use axum::routing::{get, post};
 use strata_model::{ChatTemplate, GenerationConfig, ModelConfig, Vocabulary};
 
 use crate::engine::Engine;
 use crate::metrics::Metrics;
+pub(crate) use admit::Admission;
+use admit::MAX_BODY_BYTES;
 use error::ApiError;
 
-/// The largest request body, in bytes.
-const MAX_BODY_BYTES: usize = 4 << 20;
-
 /// What the handlers share.
-#[derive(Default)]
 pub(crate) struct State {
     served: OnceLock<Served>,
-    draining: AtomicBool,
+    leaving: AtomicBool,
+    closed: AtomicBool,
+    admission: Admission,
 }
 
 /// The loaded model.
@@ -41,39 +45,20 @@ pub(crate) struct Served {
     pub(crate) generation: GenerationConfig,
     pub(crate) engine: Engine,
     pub(crate) metrics: Arc<Metrics>,
+    /// When it was loaded, in Unix seconds.
     pub(crate) created: u64,
 }
 
-impl Served {
-    #[allow(
-        clippy::too_many_arguments,
-        reason = "the fields of the struct, which has no defaults"
-    )]
-    pub(crate) fn new(
-        names: Vec<String>,
-        max_model_len: usize,
-        config: ModelConfig,
-        vocabulary: Arc<Vocabulary>,
-        chat_template: Option<ChatTemplate>,
-        generation: GenerationConfig,
-        engine: Engine,
-        metrics: Arc<Metrics>,
-    ) -> Self {
-        Served {
-            names,
-            max_model_len,
-            config,
-            vocabulary,
-            chat_template,
-            generation,
-            engine,
-            metrics,
-            created: unix_seconds(),
+impl State {
+    pub(crate) fn new(admission: Admission) -> Self {
+        State {
+            served: OnceLock::new(),
+            leaving: AtomicBool::new(false),
+            closed: AtomicBool::new(false),
+            admission,
         }
     }
-}
 
-impl State {
     pub(crate) fn loaded(&self, served: Served) {
         assert!(self.served.set(served).is_ok(), "the model is loaded once");
     }
@@ -82,12 +67,14 @@ impl State {
         self.served.get()
     }
 
-    pub(crate) fn drain(&self) {
-        self.draining.store(true, Ordering::SeqCst);
+    /// From now on the server is not ready; whoever has not heard of it yet is still answered.
+    pub(crate) fn leave(&self) {
+        self.leaving.store(true, Ordering::SeqCst);
     }
 
-    fn is_draining(&self) -> bool {
-        self.draining.load(Ordering::SeqCst)
+    /// From now on new requests are refused.
+    pub(crate) fn close(&self) {
+        self.closed.store(true, Ordering::SeqCst);
     }
 
     /// The model, for requests that do not compute.
@@ -98,14 +85,31 @@ impl State {
 
     /// The model, for requests that compute.
     fn accepting(&self) -> Result<&Served, ApiError> {
-        if self.is_draining() {
+        self.unless(&self.closed)
+    }
+
+    /// The model, if new clients should come.
+    fn ready(&self) -> Result<&Served, ApiError> {
+        self.unless(&self.leaving)
+    }
+
+    fn unless(&self, flag: &AtomicBool) -> Result<&Served, ApiError> {
+        if flag.load(Ordering::SeqCst) {
             return Err(ApiError::unavailable("the server is shutting down"));
         }
         self.model()
     }
 }
 
-fn unix_seconds() -> u64 {
+/// A client that keeps its connection would stay with a server that leaves: told to close it, it finds another one.
+async fn close_when_leaving(Extract(state): Extract<Arc<State>>, mut response: Response) -> Response {
+    if state.leaving.load(Ordering::SeqCst) {
+        error::close(&mut response);
+    }
+    response
+}
+
+pub(crate) fn unix_seconds() -> u64 {
     SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_or(0, |since| since.as_secs())
@@ -125,5 +129,6 @@ pub(crate) fn router(state: Arc<State>) -> Router {
         .fallback(other::not_found)
         .method_not_allowed_fallback(other::method_not_allowed)
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
+        .layer(map_response_with_state(state.clone(), close_when_leaving))
         .with_state(state)
 }

@@ -18,4 +18,4 @@ pub use engine::executor::Precision;
 pub use engine::{ScoreError, Scorer};
 pub use error::ServeError;
 pub use metrics::Metrics;
-pub use server::{Server, run};
+pub use server::{Server, terminated};

@@ -1,7 +1,9 @@
 //! The server's life: listen, load, serve, drain.
 //!
 //! ```text
-//! listening (503) ──loaded──▶ ready (200) ──SIGTERM──▶ draining (503, running requests finish) ──▶ exit 0
+//! listening ──loaded──▶ ready ──SIGTERM──▶ leaving ──delay──▶ draining ──▶ exit 0
+//! /ready    503           200                503                503
+//! requests  503           answered           answered           running ones finish, new ones get 503
 //! ```
 
 use std::net::SocketAddr;
@@ -19,7 +21,7 @@ use crate::args::ServeArgs;
 use crate::engine::Engine;
 use crate::engine::executor::{Executor, Precision, block_bytes};
 use crate::error::ServeError;
-use crate::http::{self, Served, State};
+use crate::http::{self, Admission, Served, State};
 use crate::metrics::Metrics;
 use crate::schedule::Limits;
 
@@ -35,26 +37,24 @@ pub struct Server {
     stop: watch::Sender<bool>,
     serving: tokio::task::JoinHandle<std::io::Result<()>>,
     loading: tokio::task::JoinHandle<Result<oneshot::Receiver<()>, ServeError>>,
+    delay: Duration,
     timeout: Duration,
 }
 
-/// Serves until SIGTERM or SIGINT, then drains.
-pub async fn run(args: ServeArgs) -> Result<(), ServeError> {
+/// Resolves at SIGTERM or SIGINT; they count from the call on.
+pub fn terminated() -> Result<impl Future<Output = ()>, ServeError> {
     let system = |source| ServeError::System {
         what: "cannot wait for signals",
         source,
     };
     let mut terminate = signal(SignalKind::terminate()).map_err(system)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(system)?;
-    let server = Server::start(args).await?;
-    server
-        .run_until(async move {
-            tokio::select! {
-                _ = terminate.recv() => (),
-                _ = interrupt.recv() => (),
-            }
-        })
-        .await
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => (),
+            _ = interrupt.recv() => (),
+        }
+    })
 }
 
 impl Server {
@@ -68,7 +68,8 @@ impl Server {
         let listener = TcpListener::bind(&address).await.map_err(listen)?;
         let address = listener.local_addr().map_err(listen)?;
         tracing::info!(%address, "listening");
-        let state = Arc::new(State::default());
+        let admission = Admission::new(Duration::from_secs(args.body_timeout));
+        let state = Arc::new(State::new(admission));
         let (stop, mut stopped) = watch::channel(false);
         let router = http::router(state.clone());
         let serving = tokio::spawn(async move {
@@ -79,6 +80,7 @@ impl Server {
                 })
                 .await
         });
+        let delay = Duration::from_secs(args.shutdown_delay);
         let timeout = Duration::from_secs(args.shutdown_timeout);
         let loading = tokio::task::spawn_blocking({
             let state = state.clone();
@@ -94,6 +96,7 @@ impl Server {
             stop,
             serving,
             loading,
+            delay,
             timeout,
         })
     }
@@ -103,7 +106,8 @@ impl Server {
         self.address
     }
 
-    /// Serves until `shutdown` resolves, then lets running requests finish within the shutdown timeout.
+    /// Serves until `shutdown` resolves and for the shutdown delay after, then lets running requests finish within the
+    /// shutdown timeout.
     pub async fn run_until(mut self, shutdown: impl Future<Output = ()>) -> Result<(), ServeError> {
         tokio::pin!(shutdown);
         let died = |_| ServeError::EngineDied;
@@ -118,7 +122,12 @@ impl Server {
     }
 
     async fn drain(self) -> Result<(), ServeError> {
-        self.state.drain();
+        self.state.leave();
+        if self.state.served().is_some() {
+            tracing::info!(delay_seconds = self.delay.as_secs(), "leaving");
+            tokio::time::sleep(self.delay).await;
+        }
+        self.state.close();
         let in_flight = || self.state.served().map_or(0, |served| served.engine.in_flight());
         tracing::info!(
             in_flight = in_flight(),
@@ -181,26 +190,18 @@ fn load(args: &ServeArgs) -> Result<(Served, oneshot::Receiver<()>), ServeError>
                 source,
             }
         })?;
-    let LoadedModel {
-        config,
-        vocabulary,
-        chat_template,
-        generation,
-        ..
-    } = model;
-    Ok((
-        Served::new(
-            names,
-            max_model_len,
-            config,
-            vocabulary,
-            chat_template,
-            generation,
-            engine,
-            metrics,
-        ),
-        ended,
-    ))
+    let served = Served {
+        names,
+        max_model_len,
+        config: model.config,
+        vocabulary: model.vocabulary,
+        chat_template: model.chat_template,
+        generation: model.generation,
+        engine,
+        metrics,
+        created: http::unix_seconds(),
+    };
+    Ok((served, ended))
 }
 
 /// The name of the file or folder without what says only that it is a model.

@@ -1,15 +1,7 @@
-//! Request bodies. Unknown fields are ignored; known ones that this server does not act on are refused, never dropped silently.
+//! Request bodies: the fields that this server acts on. What it makes of all others: [`super::unsupported`].
 
-use std::collections::HashMap;
-
-use axum::body::Bytes;
-use axum::extract::rejection::BytesRejection;
-use axum::response::IntoResponse;
 use serde::Deserialize;
-use serde::de::DeserializeOwned;
-use serde_json::Value;
-
-use super::error::ApiError;
+use serde_json::{Map, Value};
 
 /// Fields that chat and plain completions share.
 #[derive(Debug, Default, Deserialize)]
@@ -22,12 +14,10 @@ pub(super) struct Options {
     pub(super) top_k: Option<i64>,
     pub(super) seed: Option<i64>,
     pub(super) stop: Option<OneOrMany>,
-    pub(super) n: Option<i64>,
     pub(super) stream: Option<bool>,
     pub(super) stream_options: Option<StreamOptions>,
     pub(super) presence_penalty: Option<f64>,
     pub(super) frequency_penalty: Option<f64>,
-    pub(super) logit_bias: Option<HashMap<String, f64>>,
     pub(super) ignore_eos: Option<bool>,
 }
 
@@ -59,11 +49,9 @@ pub(super) struct ChatRequest {
     #[serde(default)]
     pub(super) top_logprobs: Option<i64>,
     #[serde(default)]
-    pub(super) tools: Option<Vec<Value>>,
-    #[serde(default)]
-    pub(super) response_format: Option<Value>,
-    #[serde(default)]
-    pub(super) chat_template_kwargs: Option<serde_json::Map<String, Value>>,
+    pub(super) chat_template_kwargs: Option<Map<String, Value>>,
+    #[serde(flatten)]
+    pub(super) rest: Map<String, Value>,
 }
 
 /// Body of `/v1/completions`.
@@ -75,11 +63,9 @@ pub(super) struct CompletionRequest {
     #[serde(default)]
     pub(super) logprobs: Option<i64>,
     #[serde(default)]
-    pub(super) echo: Option<bool>,
-    #[serde(default)]
-    pub(super) suffix: Option<String>,
-    #[serde(default)]
-    pub(super) best_of: Option<i64>,
+    pub(super) add_special_tokens: Option<bool>,
+    #[serde(flatten)]
+    pub(super) rest: Map<String, Value>,
 }
 
 /// A prompt as text or as token ids; a list of prompts may have one.
@@ -115,14 +101,4 @@ pub(super) struct DetokenizeRequest {
     #[serde(default)]
     pub(super) model: Option<String>,
     pub(super) tokens: Vec<u32>,
-}
-
-/// Reads a body.
-pub(super) fn parse<T: DeserializeOwned>(body: Result<Bytes, BytesRejection>) -> Result<T, ApiError> {
-    let body = body.map_err(|rejection| {
-        let message = format!("the body could not be read: {}", rejection.body_text());
-        ApiError::body(rejection.into_response().status(), message)
-    })?;
-    serde_json::from_slice(&body)
-        .map_err(|error| ApiError::invalid(None, format!("the body is not the JSON object that is needed: {error}")))
 }

@@ -80,6 +80,14 @@ impl ApiError {
         Self::new(status, "invalid_request_error", message)
     }
 
+    /// As many requests as the server takes are there already.
+    pub(super) fn busy(message: impl Into<String>) -> Self {
+        ApiError {
+            code: Some("rate_limit_exceeded"),
+            ..Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", message)
+        }
+    }
+
     /// Loading or draining.
     pub(super) fn unavailable(message: &str) -> Self {
         ApiError {
@@ -105,13 +113,7 @@ impl ApiError {
 impl From<SubmitError> for ApiError {
     fn from(error: SubmitError) -> Self {
         match error {
-            SubmitError::Busy(_) => {
-                let full = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", error.to_string());
-                ApiError {
-                    code: Some("rate_limit_exceeded"),
-                    ..full
-                }
-            }
+            SubmitError::Busy(_) => Self::busy(error.to_string()),
             SubmitError::Stopped => Self::internal(error.to_string()),
         }
     }
@@ -120,20 +122,22 @@ impl From<SubmitError> for ApiError {
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = (self.status, Json(self.json())).into_response();
-        if matches!(
-            self.status,
-            StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE
-        ) {
-            response
-                .headers_mut()
-                .insert(header::RETRY_AFTER, HeaderValue::from_static(RETRY_AFTER));
+        let later = [StatusCode::TOO_MANY_REQUESTS, StatusCode::SERVICE_UNAVAILABLE].contains(&self.status);
+        let unread = [StatusCode::PAYLOAD_TOO_LARGE, StatusCode::REQUEST_TIMEOUT].contains(&self.status);
+        if later {
+            let headers = response.headers_mut();
+            headers.insert(header::RETRY_AFTER, HeaderValue::from_static(RETRY_AFTER));
         }
-        if self.status == StatusCode::PAYLOAD_TOO_LARGE {
-            // The rest of the body was not read, so the connection cannot be used again.
-            response
-                .headers_mut()
-                .insert(header::CONNECTION, HeaderValue::from_static("close"));
+        // What was not read of the body makes the connection useless, and a client that tries again may find another server.
+        if later || unread {
+            close(&mut response);
         }
         response
     }
+}
+
+/// Says that the connection ends after this response.
+pub(super) fn close(response: &mut Response) {
+    let headers = response.headers_mut();
+    headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
 }

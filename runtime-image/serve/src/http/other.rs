@@ -3,14 +3,13 @@
 use std::sync::Arc;
 
 use axum::Json;
-use axum::body::Bytes;
-use axum::extract::rejection::BytesRejection;
 use axum::extract::{Path, State as Extract};
 use axum::http::{Method, Uri, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
-use super::api::{DetokenizeRequest, TokenizeRequest, parse};
+use super::admit::Admitted;
+use super::api::{DetokenizeRequest, TokenizeRequest};
 use super::error::ApiError;
 use super::{Served, State, prepare};
 
@@ -39,12 +38,11 @@ pub(super) async fn model(
 }
 
 /// `POST /tokenize`
-pub(super) async fn tokenize(
-    Extract(state): Extract<Arc<State>>,
-    body: Result<Bytes, BytesRejection>,
-) -> Result<Json<Value>, ApiError> {
-    let served = state.model()?;
-    let request: TokenizeRequest = parse(body)?;
+pub(super) async fn tokenize(Extract(state): Extract<Arc<State>>, request: Admitted) -> Result<Json<Value>, ApiError> {
+    request.prepare(&state, tokens).await
+}
+
+fn tokens(served: &Served, request: TokenizeRequest) -> Result<Json<Value>, ApiError> {
     prepare::model(served, request.model.as_deref())?;
     let tokens = match (request.prompt, request.messages) {
         (Some(prompt), None) => served
@@ -78,11 +76,18 @@ pub(super) async fn tokenize(
 /// `POST /detokenize`
 pub(super) async fn detokenize(
     Extract(state): Extract<Arc<State>>,
-    body: Result<Bytes, BytesRejection>,
+    request: Admitted,
 ) -> Result<Json<Value>, ApiError> {
-    let served = state.model()?;
-    let request: DetokenizeRequest = parse(body)?;
+    request.prepare(&state, text).await
+}
+
+fn text(served: &Served, request: DetokenizeRequest) -> Result<Json<Value>, ApiError> {
     prepare::model(served, request.model.as_deref())?;
+    let (count, most) = (request.tokens.len(), served.max_model_len);
+    if count > most {
+        let message = format!("{count} tokens were given; this model's maximum context length is {most} tokens");
+        return Err(ApiError::context_length("tokens", message));
+    }
     let text = served
         .vocabulary
         .decode(&request.tokens, false)
@@ -95,9 +100,9 @@ pub(super) async fn health(Extract(state): Extract<Arc<State>>) -> Result<(), Ap
     state.model().map(|_| ())
 }
 
-/// `GET /ready`: new requests are taken.
+/// `GET /ready`: new clients should come here.
 pub(super) async fn ready(Extract(state): Extract<Arc<State>>) -> Result<(), ApiError> {
-    state.accepting().map(|_| ())
+    state.ready().map(|_| ())
 }
 
 /// `GET /metrics`

@@ -45,19 +45,6 @@ pub(super) fn prepare(
     default_max: usize,
     log_probs: Option<i64>,
 ) -> Result<Prepared, ApiError> {
-    model(served, options.model.as_deref())?;
-    if options.n.is_some_and(|n| n != 1) {
-        return Err(ApiError::invalid(
-            "n",
-            "this server makes one choice a request: leave n out or set it to 1",
-        ));
-    }
-    if options.logit_bias.as_ref().is_some_and(|bias| !bias.is_empty()) {
-        return Err(ApiError::invalid(
-            "logit_bias",
-            "logit_bias is not supported by this server: leave it out",
-        ));
-    }
     if prompt.is_empty() {
         return Err(ApiError::invalid(prompt_field, "the prompt has no tokens"));
     }

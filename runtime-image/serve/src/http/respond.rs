@@ -6,8 +6,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Json;
-use axum::body::Bytes;
-use axum::extract::rejection::BytesRejection;
 use axum::response::sse::{self, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures::stream;
@@ -16,7 +14,7 @@ use serde_json::{Map, Value, json};
 use strata_model::Vocabulary;
 use tokio::sync::mpsc;
 
-use super::api::parse;
+use super::admit::Admitted;
 use super::error::ApiError;
 use super::prepare::{Prepared, random};
 use super::{Served, State, unix_seconds};
@@ -45,23 +43,16 @@ struct Frame {
 
 type LogProbs = (TokenProb, Vec<TokenProb>);
 
-/// Reads a request, prepares it and answers.
-pub(super) async fn answer<R: DeserializeOwned + Send + 'static>(
+/// Prepares a request and answers.
+pub(super) async fn answer<R: DeserializeOwned + 'static>(
     state: Arc<State>,
-    body: Result<Bytes, BytesRejection>,
+    request: Admitted,
     shape: Shape,
-    prepared: fn(&State, R) -> Result<Prepared, ApiError>,
+    prepared: fn(&Served, R) -> Result<Prepared, ApiError>,
 ) -> Result<Response, ApiError> {
-    state.accepting()?;
-    let request: R = parse(body)?;
-    // Rendering and tokenizing a long text takes a while; other connections go on meanwhile.
-    let task = tokio::task::spawn_blocking({
-        let state = state.clone();
-        move || prepared(&state, request)
-    });
-    let prepared = task
-        .await
-        .map_err(|_| ApiError::internal("the request could not be prepared"))??;
+    // Known without the work of preparing.
+    state.accepting()?.engine.has_room()?;
+    let prepared = request.prepare(&state, prepared).await?;
     respond(state.accepting()?, prepared, shape).await
 }
 

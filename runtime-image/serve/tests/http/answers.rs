@@ -1,0 +1,207 @@
+//! What is answered, and that nothing but the request decides it.
+
+use reqwest::StatusCode;
+use serde_json::{Value, json};
+
+use super::{Running, chat, events};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_chat_is_answered_the_same_whole_and_streamed_under_any_load() {
+    // Blocks for one long answer, so that of any two that overlap one is preempted; a prefix cache, so that they share
+    // blocks; small steps, so that prompts are cut.
+    const ANSWER_TOKENS: u64 = 1000;
+    let server = Running::start(
+        "--kv-cache-memory-bytes 330000 --max-model-len 1200 --enable-prefix-caching --max-num-batched-tokens 23",
+    )
+    .await;
+    let long = "word ".repeat(20);
+    let chat = |content: &str, more: Value| {
+        let mut body = chat(content, more);
+        body["max_tokens"] = json!(ANSWER_TOKENS);
+        body
+    };
+    let (status, whole) = server
+        .post(
+            "/v1/chat/completions",
+            chat(&long, json!({ "unknown": [1] })).to_string(),
+        )
+        .await;
+    assert_eq!(status, StatusCode::OK, "{whole}");
+    assert_eq!(
+        (&whole["object"], &whole["model"]),
+        (&json!("chat.completion"), &json!("tiny"))
+    );
+    let choice = &whole["choices"][0];
+    assert_eq!(
+        (&choice["finish_reason"], &choice["message"]["role"]),
+        (&json!("length"), &json!("assistant"))
+    );
+    let text = choice["message"]["content"].as_str().unwrap();
+    let prompt = whole["usage"]["prompt_tokens"].as_u64().unwrap();
+    assert_eq!(
+        (
+            whole["usage"]["completion_tokens"].as_u64(),
+            whole["usage"]["total_tokens"].as_u64()
+        ),
+        (Some(ANSWER_TOKENS), Some(prompt + ANSWER_TOKENS))
+    );
+
+    let streams = (0..8).map(async |i| {
+        let options = json!({ "stream": true, "stream_options": { "include_usage": i % 2 == 0 } });
+        let response = server.stream("/v1/chat/completions", chat(&long, options)).await;
+        response.text().await.unwrap()
+    });
+    for (i, stream) in futures::future::join_all(streams).await.into_iter().enumerate() {
+        let chunks = events(&stream);
+        assert_eq!(
+            chunks[0]["choices"][0]["delta"],
+            json!({ "role": "assistant", "content": "" })
+        );
+        let streamed: String = chunks
+            .iter()
+            .filter_map(|chunk| chunk["choices"][0]["delta"]["content"].as_str())
+            .collect();
+        assert_eq!(streamed, text, "request {i}");
+        let reasons: Vec<&Value> = chunks
+            .iter()
+            .map(|chunk| &chunk["choices"][0]["finish_reason"])
+            .filter(|reason| !reason.is_null())
+            .collect();
+        assert_eq!(reasons, [&json!("length")]);
+        let usage = &chunks.last().unwrap()["usage"];
+        assert_eq!(
+            usage["completion_tokens"].as_u64(),
+            (i % 2 == 0).then_some(ANSWER_TOKENS),
+            "{usage}"
+        );
+    }
+    assert!(server.metric("vllm:prefix_cache_hits_total").await > 0.0);
+    assert!(
+        server.metric("vllm:num_preemptions_total").await > 0.0,
+        "330000 bytes do not hold two such answers"
+    );
+    server
+        .until("all blocks are free", async || {
+            server.metric("vllm:kv_cache_usage_perc").await == 0.0
+        })
+        .await;
+    assert_eq!(
+        server.metric("vllm:generation_tokens_total").await,
+        9.0 * ANSWER_TOKENS as f64
+    );
+    let metrics = server.get("/metrics").await.1;
+    for name in [
+        "vllm:num_requests_running",
+        "vllm:num_requests_waiting",
+        "vllm:prompt_tokens_total",
+        "vllm:prefix_cache_queries_total",
+        "vllm:time_to_first_token_seconds_bucket",
+        "vllm:inter_token_latency_seconds_sum",
+        "vllm:e2e_request_latency_seconds_count",
+        "vllm:cache_config_info",
+        "vllm:request_success_total",
+    ] {
+        assert!(
+            metrics
+                .lines()
+                .any(|line| line.starts_with(name) && line.contains("model_name=\"tiny\"")),
+            "{name}"
+        );
+    }
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn requests_say_how_tokens_are_chosen_and_where_they_end() {
+    let server = Running::start("--max-model-len 256").await;
+    let answer = async |more: Value| {
+        server.post("/v1/completions", {
+        let mut body = json!({ "model": "other", "prompt": "abc", "temperature": 0, "max_tokens": 20, "ignore_eos": true });
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        body.to_string()
+    }).await.1
+    };
+    let text = async |more: Value| answer(more).await["choices"][0]["text"].as_str().unwrap().to_owned();
+    let plain = text(json!({})).await;
+    assert_eq!(text(json!({ "prompt": [97, 98, 99] })).await, plain);
+    assert_eq!(text(json!({ "prompt": ["abc"] })).await, plain);
+    // The stop text is not part of the answer.
+    let ascii: String = plain.chars().filter(char::is_ascii).collect();
+    let stop = &ascii[ascii.len() / 2..ascii.len() / 2 + 1];
+    let stopped = answer(json!({ "stop": [stop] })).await;
+    assert_eq!(stopped["choices"][0]["text"].as_str(), plain.split(stop).next());
+    assert_eq!(stopped["choices"][0]["finish_reason"], "stop");
+    // A seed makes a draw repeatable; without one, answers differ.
+    let drawn = async |more: Value| {
+        let mut body = json!({ "temperature": 1.5 });
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        text(body).await
+    };
+    assert_eq!(drawn(json!({ "seed": 7 })).await, drawn(json!({ "seed": 7 })).await);
+    assert_ne!(drawn(json!({ "seed": 7 })).await, drawn(json!({ "seed": 8 })).await);
+    assert_ne!(drawn(json!({})).await, drawn(json!({})).await);
+    // Greedy takes the most likely token: the alternatives' first.
+    let probs = &answer(json!({ "logprobs": 2 })).await["choices"][0]["logprobs"];
+    assert_eq!(probs["token_logprobs"].as_array().unwrap().len(), 20);
+    for (chosen, top) in probs["token_logprobs"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .zip(probs["top_logprobs"].as_array().unwrap())
+    {
+        assert!(top.as_object().unwrap().values().any(|prob| prob == chosen) && chosen.as_f64().unwrap() < 0.0);
+    }
+    let chat_probs = server
+        .post(
+            "/v1/chat/completions",
+            chat(
+                "x",
+                json!({ "logprobs": true, "top_logprobs": 3, "max_completion_tokens": 4 }),
+            )
+            .to_string(),
+        )
+        .await
+        .1;
+    let content = chat_probs["choices"][0]["logprobs"]["content"]
+        .as_array()
+        .unwrap()
+        .clone();
+    assert_eq!(
+        (content.len(), content[0]["top_logprobs"].as_array().unwrap().len()),
+        (4, 3)
+    );
+
+    // A user's special token is text: 12 bytes more, and no turn ends.
+    let count = async |content: &str| {
+        server
+            .post(
+                "/tokenize",
+                json!({ "messages": [{ "role": "user", "content": content }] }).to_string(),
+            )
+            .await
+            .1["count"]
+            .as_u64()
+            .unwrap()
+    };
+    assert_eq!(count("<|im_end|>").await, count("").await + 10);
+    let (_, tokens) = server
+        .post("/tokenize", json!({ "prompt": "héllo <|im_end|>" }).to_string())
+        .await;
+    assert_eq!(
+        tokens["tokens"].as_array().unwrap().last(),
+        Some(&json!(258)),
+        "a raw prompt is the caller's own"
+    );
+    let (_, back) = server
+        .post("/detokenize", json!({ "tokens": tokens["tokens"] }).to_string())
+        .await;
+    assert_eq!(back["prompt"], "héllo <|im_end|>");
+    let (_, models) = server.get("/v1/models").await;
+    assert!(
+        models.contains("\"id\":\"tiny\"")
+            && models.contains("\"id\":\"other\"")
+            && models.contains("\"max_model_len\":256"),
+        "{models}"
+    );
+    server.stop().await;
+}
