@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt;
+use reqwest::redirect::Policy;
 use strata_contract::{Progress, STAGE_PORT};
 
 use crate::run::report::PROGRESS_PERIOD;
@@ -18,10 +19,23 @@ const LIMIT_BYTES: usize = 64 * 1024;
 const SLACK: Duration = Duration::from_secs(1);
 
 /// Asks pods, each at most once in [`PROGRESS_PERIOD`].
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Poller {
     http: reqwest::Client,
     answers: Mutex<HashMap<String, (Instant, Option<Progress>)>>,
+}
+
+impl Default for Poller {
+    /// A pod is whatever its user makes of it: it sends the operator nowhere else, and no proxy stands in between.
+    fn default() -> Self {
+        let http = reqwest::Client::builder().redirect(Policy::none()).no_proxy();
+        Self {
+            http: http
+                .build()
+                .expect("without TLS and proxies there is nothing to set up"),
+            answers: Mutex::default(),
+        }
+    }
 }
 
 impl Poller {
@@ -42,7 +56,7 @@ impl Poller {
             let before = answers.get(&uid).and_then(|(_, answer)| answer.clone());
             answers.insert(uid.clone(), (now, before));
         }
-        let answer = match tokio::time::timeout(TIMEOUT, self.fetch(&address)).await {
+        let answer = match tokio::time::timeout(TIMEOUT, self.fetch(&url(&address))).await {
             Ok(Ok(progress)) => Some(progress),
             Ok(Err(error)) => {
                 tracing::debug!(pod = pod.name_any(), %error, "no progress from the pod");
@@ -61,13 +75,7 @@ impl Poller {
         entry.1.clone()
     }
 
-    async fn fetch(&self, address: &str) -> Result<Progress, FetchError> {
-        let host = if address.contains(':') {
-            format!("[{address}]")
-        } else {
-            address.to_owned()
-        };
-        let url = format!("http://{host}:{STAGE_PORT}/progress");
+    async fn fetch(&self, url: &str) -> Result<Progress, FetchError> {
         let mut response = self.http.get(url).send().await?.error_for_status()?;
         let mut body = Vec::new();
         while let Some(chunk) = response.chunk().await? {
@@ -80,6 +88,13 @@ impl Poller {
     }
 }
 
+fn url(address: &str) -> String {
+    match address.contains(':') {
+        true => format!("http://[{address}]:{STAGE_PORT}/progress"),
+        false => format!("http://{address}:{STAGE_PORT}/progress"),
+    }
+}
+
 #[derive(Debug, thiserror::Error)]
 enum FetchError {
     #[error(transparent)]
@@ -88,4 +103,33 @@ enum FetchError {
     TooLarge,
     #[error("the answer is no progress: {0}")]
     Json(#[from] serde_json::Error),
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::Router;
+    use axum::response::Redirect;
+    use axum::routing::get;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_pod_tells_its_progress_but_sends_the_operator_nowhere_and_does_not_fill_it() {
+        let progress = r#"{"activity": "training", "done": 1, "total": 2, "unit": "steps"}"#;
+        let router = Router::new()
+            .route("/progress", get(move || async move { progress }))
+            .route("/away", get(|| async { Redirect::temporary("/progress") }))
+            .route("/large", get(|| async { " ".repeat(LIMIT_BYTES + 1) }));
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("an address");
+        let server = tokio::spawn(async move { axum::serve(listener, router).await });
+        let poller = Poller::default();
+        let at = |path: &str| format!("http://{address}{path}");
+        let said = poller.fetch(&at("/progress")).await.expect("progress");
+        assert_eq!((said.done, said.total), (1, 2));
+        poller.fetch(&at("/away")).await.expect_err("no redirect is followed");
+        let error = poller.fetch(&at("/large")).await.expect_err("too large");
+        assert!(matches!(error, FetchError::TooLarge), "{error}");
+        server.abort();
+    }
 }
