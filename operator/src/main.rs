@@ -12,6 +12,7 @@ use kube::Client;
 use kube::client::ClientBuilder;
 use kube::runtime::events::{Recorder, Reporter};
 use strata_contract::Uri;
+use strata_operator::engine::backoff::Failures;
 use strata_operator::engine::guard::{GuardLayer, Leadership};
 use strata_operator::engine::index::Index;
 use strata_operator::engine::kind::Env;
@@ -155,6 +156,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
             default_storage: arguments.default_storage,
         },
         index: index.clone(),
+        failures: Failures::default(),
         poller: Poller::default(),
         recorder: Recorder::new(
             client.clone(),

@@ -108,6 +108,8 @@ reasons! {
     RollingOut Unknown "Pods with the current artifact are starting.",
     ReplicasUnavailable Unknown "Fewer pods answer than are wanted; the message quotes what holds them.",
     ScaledToZero Unknown "spec.replicas is 0: nothing answers.",
+    NameTaken False "An object that is to be made has the name of one that belongs to something else: delete or rename that one, or rename the resource.",
+    Refused False "The API server refuses an object that is to be made (a rule, a policy, a quota); the message quotes it: change spec.pod, or what the message names. It is tried again.",
     CrashLooping False "A serving pod keeps failing: the message quotes how it ended.",
 }
 

@@ -8,11 +8,13 @@ use std::fmt::Debug;
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::ConfigMap;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions, PropagationPolicy};
 use kube::{Api, Client, Resource, ResourceExt};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
+use strata_api::Reason;
 use strata_contract::hash_canonical;
 
 use super::gather::is_owned_by;
@@ -34,40 +36,83 @@ pub struct Owner<'a> {
 
 /// Brings the server to what is wanted.
 ///
+/// What the server refuses for good is in the answer, so that the status can say it; and a run that is refused leaves
+/// what serves in shape.
+///
 /// # Errors
-/// The first write that fails ends it; what is done stays, and the next reconcile goes on.
+/// Any other write that fails ends it; what is done stays, and the next reconcile goes on.
 pub async fn apply(
     client: &Client,
     owner: &Owner<'_>,
     planned: Planned,
     observed: &Observed,
 ) -> Result<Applied, Error> {
-    let Planned {
-        delete,
-        suspend,
-        start,
-        deployment,
-        service,
-    } = planned;
     let mut applied = Applied::default();
-    for job in delete {
-        delete_attempt(client, owner, &job).await?;
-        applied.deleted.push(job);
+    let run = apply_run(client, owner, &planned, &mut applied).await;
+    applied.refused.run = refusal(run)?;
+    let serving = apply_serving(client, owner, planned, observed, &mut applied).await;
+    applied.refused.serving = refusal(serving)?;
+    Ok(applied)
+}
+
+async fn apply_run(client: &Client, owner: &Owner<'_>, planned: &Planned, applied: &mut Applied) -> Result<(), Error> {
+    for job in &planned.delete {
+        delete_attempt(client, owner, job).await?;
+        applied.deleted.push(job.clone());
     }
-    for (job, suspend) in suspend {
-        applied.jobs.push(set_suspend(client, owner, &job, suspend).await?);
+    for (job, suspend) in &planned.suspend {
+        applied.jobs.push(set_suspend(client, owner, job, *suspend).await?);
     }
-    if let Some((config_map, job)) = start {
-        create_config_map(client, owner, &config_map).await?;
-        applied.jobs.push(create_job(client, owner, &job).await?);
+    if let Some((config_map, job)) = &planned.start {
+        create_config_map(client, owner, config_map).await?;
+        applied.jobs.push(create_job(client, owner, job).await?);
     }
-    if let Some(deployment) = deployment {
+    Ok(())
+}
+
+async fn apply_serving(
+    client: &Client,
+    owner: &Owner<'_>,
+    planned: Planned,
+    observed: &Observed,
+    applied: &mut Applied,
+) -> Result<(), Error> {
+    if let Some(deployment) = planned.deployment {
         applied.deployment = Some(apply_whole(client, owner, deployment, observed.deployment.as_ref()).await?);
     }
-    if let Some(service) = service {
+    if let Some(service) = planned.service {
         applied.service = Some(apply_whole(client, owner, service, observed.service.as_ref()).await?);
     }
-    Ok(applied)
+    Ok(())
+}
+
+/// Tells what only a person (or a collector) can put right from what the next try may.
+fn refusal(result: Result<(), Error>) -> Result<Option<(Reason, String)>, Error> {
+    match result {
+        Ok(()) => Ok(None),
+        Err(Error::Refused(reason, message)) => Ok(Some((reason, message))),
+        Err(Error::Kube(kube::Error::Api(status))) if matches!(status.code, 400 | 403 | 422) => {
+            let message = format!("the API server refuses what is to be made: {}", status.message);
+            Ok(Some((Reason::Refused, message)))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Why an object that stands in the place of `wanted` is not touched.
+fn taken<K: Resource<DynamicType = ()>>(wanted: &K, there: &K) -> Error {
+    let (kind, name) = (K::kind(&()), wanted.name_any());
+    let is_of_an_earlier_one = there.owner_references().iter().any(|owner| {
+        let same = |ours: &OwnerReference| ours.kind == owner.kind && ours.name == owner.name;
+        wanted.owner_references().iter().any(same)
+    });
+    if there.meta().deletion_timestamp.is_some() || is_of_an_earlier_one {
+        // The collector removes it: nobody has to do anything.
+        let message = format!("the {kind} {name} of before is being removed; this one follows");
+        return Error::Refused(Reason::Pending, message);
+    }
+    let message = format!("the {kind} {name} belongs to something else: delete it, or rename this resource");
+    Error::Refused(Reason::NameTaken, message)
 }
 
 fn api<K: Resource<DynamicType = (), Scope = NamespaceResourceScope>>(client: &Client, owner: &Owner<'_>) -> Api<K> {
@@ -140,7 +185,7 @@ async fn create_config_map(client: &Client, owner: &Owner<'_>, wanted: &ConfigMa
     };
     let name = wanted.name_any();
     if !is_owned_by(&there, owner.uid) || there.metadata.deletion_timestamp.is_some() {
-        return Err(Error::NameTaken("ConfigMap", name));
+        return Err(taken(wanted, &there));
     }
     if there.data == wanted.data {
         return Ok(());
@@ -150,7 +195,7 @@ async fn create_config_map(client: &Client, owner: &Owner<'_>, wanted: &ConfigMa
     gone(config_maps.delete(&name, &params).await.map(drop))?;
     match create(&config_maps, wanted).await? {
         None => Ok(()),
-        Some(_) => Err(Error::NameTaken("ConfigMap", name)),
+        Some(there) => Err(taken(wanted, &there)),
     }
 }
 
@@ -165,7 +210,7 @@ async fn create_job(client: &Client, owner: &Owner<'_>, wanted: &Job) -> Result<
             let there = jobs.get(&wanted.name_any()).await?;
             match is_owned_by(&there, owner.uid) && there.metadata.deletion_timestamp.is_none() {
                 true => Ok(there),
-                false => Err(Error::NameTaken("Job", wanted.name_any())),
+                false => Err(taken(wanted, &there)),
             }
         }
         Err(error) => Err(error.into()),
@@ -194,23 +239,16 @@ where
     wanted.annotations_mut().insert(labels::APPLIED.into(), hash);
     if let Some(there) = there {
         if !is_owned_by(there, owner.uid) || there.meta().deletion_timestamp.is_some() {
-            return Err(Error::NameTaken(kind_name::<K>(), name));
+            return Err(taken(&wanted, there));
         }
         let value = |object: &K| serde_json::to_value(object).unwrap_or(Value::Null);
         if same::holds(&value(&wanted), Some(&value(there))) {
             return Ok(there.clone());
         }
     }
-    tracing::info!(kind = kind_name::<K>(), name, "applying");
+    tracing::info!(kind = %K::kind(&()), name, "applying");
     let params = PatchParams::apply(FIELD_MANAGER).force();
     Ok(api::<K>(client, owner)
         .patch(&name, &params, &Patch::Apply(&wanted))
         .await?)
-}
-
-fn kind_name<K: Resource<DynamicType = ()>>() -> &'static str {
-    match K::kind(&()) {
-        std::borrow::Cow::Borrowed(name) => name,
-        std::borrow::Cow::Owned(_) => "object",
-    }
 }

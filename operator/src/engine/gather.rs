@@ -13,7 +13,7 @@ use kube::{Api, Client, Resource, ResourceExt};
 use serde::de::DeserializeOwned;
 use strata_api::{AlignmentJob, Dataset, InferenceService, PretrainJob};
 
-use super::kind::{Kind, Observed, Ref, ResourceKind, Upstream};
+use super::kind::{Kind, Observed, Ref, Refused, ResourceKind, Upstream};
 use super::progress::Poller;
 use crate::run::attempt;
 use crate::workload::labels;
@@ -59,6 +59,7 @@ pub async fn gather<K: Kind>(client: &Client, resource: &K, poller: &Poller) -> 
         deployment,
         service,
         progress,
+        refused: Refused::default(),
     })
 }
 

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, PoisonError};
 
-use super::kind::{Key, Ref};
+use super::kind::{Key, Ref, ResourceKind};
 
 /// References of all resources, in both directions.
 #[derive(Debug, Default)]
@@ -44,6 +44,19 @@ impl Index {
         gone.iter().for_each(|key| maps.remove(key));
     }
 
+    /// Every resource that was reconciled and is still there.
+    pub fn all(&self) -> Vec<Key> {
+        let maps = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        maps.forward.keys().cloned().collect()
+    }
+
+    /// Who refers to anything of this kind, be it there or not.
+    pub fn dependents_of_kind(&self, kind: ResourceKind) -> BTreeSet<Key> {
+        let maps = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let of_kind = maps.reverse.iter().filter(|(to, _)| to.kind == kind);
+        of_kind.flat_map(|(_, dependents)| dependents).cloned().collect()
+    }
+
     /// Who refers to `to`.
     pub fn dependents(&self, to: &Key) -> Vec<Key> {
         let maps = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -66,7 +79,6 @@ impl Maps {
 
 #[cfg(test)]
 mod tests {
-    use super::super::kind::ResourceKind;
     use super::*;
 
     #[test]
@@ -85,7 +97,10 @@ mod tests {
         index.set(&job, &[to(ResourceKind::Dataset, "a"), to(ResourceKind::Dataset, "b")]);
         index.set(&job, &[to(ResourceKind::Dataset, "b")]);
         assert!(index.dependents(&key(ResourceKind::Dataset, "a")).is_empty());
-        assert_eq!(index.dependents(&key(ResourceKind::Dataset, "b")), [job]);
+        assert_eq!(index.dependents(&key(ResourceKind::Dataset, "b")), [job.clone()]);
+        assert!(index.dependents_of_kind(ResourceKind::Dataset).contains(&job));
+        assert!(index.dependents_of_kind(ResourceKind::PretrainJob).is_empty());
+        assert_eq!(index.all(), [job]);
         index.retain(|_| false);
         let maps = index.0.into_inner().expect("not poisoned");
         assert!(maps.forward.is_empty() && maps.reverse.is_empty());

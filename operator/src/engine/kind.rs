@@ -120,6 +120,17 @@ pub struct Observed {
     pub service: Option<Service>,
     /// What running pods said about their progress, by UID of the pod.
     pub progress: BTreeMap<String, Progress>,
+    /// What the server did not take of what was planned.
+    pub refused: Refused,
+}
+
+/// What the server did not take, by what it was for; each with its reason and a sentence.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Refused {
+    /// For the run: Jobs and their ConfigMaps.
+    pub run: Option<(Reason, String)>,
+    /// For serving: Deployment and Service.
+    pub serving: Option<(Reason, String)>,
 }
 
 /// What is wanted of the server. Absent means: leave it as it is.
@@ -155,6 +166,7 @@ pub struct Applied {
     pub(super) jobs: Vec<Job>,
     pub(super) deployment: Option<Deployment>,
     pub(super) service: Option<Service>,
+    pub(super) refused: Refused,
 }
 
 impl Observed {
@@ -165,6 +177,7 @@ impl Observed {
             jobs,
             deployment,
             service,
+            refused,
         } = applied;
         let answer = |job: &Job| {
             deleted
@@ -190,6 +203,7 @@ impl Observed {
         }
         self.deployment = deployment.or(self.deployment);
         self.service = service.or(self.service);
+        self.refused = refused;
         self
     }
 }

@@ -1,6 +1,7 @@
 //! The only code that talks to the API server: `CR → gather → check → plan → apply → report → status`.
 
 pub mod apply;
+pub mod backoff;
 pub mod gather;
 pub mod guard;
 pub mod index;
@@ -12,4 +13,4 @@ pub mod status;
 pub mod watch;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -1,14 +1,17 @@
 //! The one loop. It reads as its own table of contents: `CR → gather → check → plan → apply → report → status`.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use k8s_openapi::jiff::Timestamp;
 use kube::runtime::controller::Action;
 use kube::runtime::events::Recorder;
 use kube::{Client, ResourceExt};
+use strata_api::Reason;
 
 use super::apply::{Owner, apply};
+use super::backoff::Failures;
 use super::gather::{gather, get};
 use super::guard::NotLeading;
 use super::index::Index;
@@ -16,6 +19,11 @@ use super::kind::{Env, Key, Kind, Status};
 use super::progress::Poller;
 use super::status;
 use crate::metrics::Metrics;
+
+/// Longest time for one reconcile: a server that accepts connections and never answers must not hold a place for ever.
+const STEP_TIMEOUT: Duration = Duration::from_secs(60);
+/// Pause after which a resource is looked at even if nothing woke it: a lost event costs this long, not for ever.
+const RESYNC: Duration = Duration::from_secs(600);
 
 /// What every reconcile needs.
 pub struct Context {
@@ -25,6 +33,8 @@ pub struct Context {
     pub env: Env,
     /// Who refers to whom.
     pub index: Arc<Index>,
+    /// Who failed how often.
+    pub failures: Failures,
     /// Asks pods for their progress.
     pub poller: Poller,
     /// Publishes Events.
@@ -39,16 +49,20 @@ pub enum Error {
     /// The API server's, or the way to it.
     #[error(transparent)]
     Kube(#[from] kube::Error),
-    /// An object of ours cannot be made, because another's has its name.
-    #[error("the {0} {1} belongs to something else: rename the resource, or delete that object")]
-    NameTaken(&'static str, String),
+    /// The server does not take an object. The resource's status says so too.
+    #[error("{1}")]
+    Refused(Reason, String),
+    /// It took longer than [`STEP_TIMEOUT`].
+    #[error("no end after {} seconds", STEP_TIMEOUT.as_secs())]
+    Timeout,
 }
 
 impl Error {
     /// The reason, as a metric's label.
     pub fn reason(&self) -> &'static str {
         match self {
-            Self::NameTaken(..) => "NameTaken",
+            Self::Refused(reason, _) => reason.name(),
+            Self::Timeout => "Timeout",
             Self::Kube(kube::Error::Api(status)) if status.code == 409 => "Conflict",
             Self::Kube(kube::Error::Api(status)) if status.code == 403 => "Forbidden",
             Self::Kube(kube::Error::Api(status)) if status.code == 422 => "Refused",
@@ -66,7 +80,9 @@ impl Error {
 /// What ended it early.
 pub async fn reconcile<K: Kind>(key: &Key, context: &Context) -> Result<Action, Error> {
     let started = Instant::now();
-    let result = step::<K>(key, context).await;
+    let result = tokio::time::timeout(STEP_TIMEOUT, step::<K>(key, context))
+        .await
+        .unwrap_or(Err(Error::Timeout));
     let label = result.as_ref().map_or_else(Error::reason, |_| "ok");
     context.metrics.reconciled(key.kind, label, started.elapsed());
     result
@@ -93,7 +109,8 @@ async fn step<K: Kind>(key: &Key, context: &Context) -> Result<Action, Error> {
         uid: &uid,
     };
     let applied = apply(client, &owner, planned, &observed).await?;
-    let outcome = resource.report(&checked, &observed.with(applied), Timestamp::now());
+    let observed = observed.with(applied);
+    let outcome = resource.report(&checked, &observed, Timestamp::now());
 
     let transitions = status::transitions(resource.status().map(Status::run_status), outcome.status.run_status());
     context.metrics.ready(key, status::ready_reason(&outcome.status));
@@ -101,11 +118,22 @@ async fn step<K: Kind>(key: &Key, context: &Context) -> Result<Action, Error> {
         context.metrics.status_written(key.kind);
         status::publish(&context.recorder, &resource, &transitions).await;
     }
-    Ok(outcome.requeue.map_or_else(Action::await_change, Action::requeue))
+    if let Some((reason, message)) = observed.refused.run.or(observed.refused.serving) {
+        return Err(Error::Refused(reason, message));
+    }
+    Ok(Action::requeue(outcome.requeue.unwrap_or_else(|| resync(key))))
+}
+
+/// [`RESYNC`] and up to a fifth more, by the key, so that not all come at once.
+fn resync(key: &Key) -> Duration {
+    let mut hasher = DefaultHasher::new();
+    key.hash(&mut hasher);
+    RESYNC + RESYNC / 5 * u32::from(hasher.finish() as u8) / u32::from(u8::MAX)
 }
 
 /// Drops what is kept in memory about a resource that is gone.
 pub fn forget(key: &Key, context: &Context) {
     context.index.remove(key);
     context.metrics.forget(key);
+    context.failures.clear(key);
 }

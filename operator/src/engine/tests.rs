@@ -1,17 +1,21 @@
 //! The engine against an API server in memory: a crash after every write leads to the same end.
 
-mod server;
+pub mod server;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use kube::client::ClientBuilder;
+use kube::runtime::controller::Action;
 use kube::runtime::events::{Recorder, Reporter};
 use serde_json::json;
 use strata_api::{Dataset, InferenceService, PretrainJob};
 
+use super::backoff::Failures;
 use super::guard::{GuardLayer, Leadership};
-use super::kind::ResourceKind;
+use super::kind::{Key, ResourceKind};
 use super::reconcile::{Context, reconcile};
+use super::watch::{Wake, Watches};
 use super::{index::Index, progress::Poller};
 use crate::fixtures::{dataset, env, inference, key, pretrain};
 use crate::metrics::Metrics;
@@ -35,6 +39,7 @@ fn operator(server: &Arc<Server>, leads: bool) -> Context {
         client: client.clone(),
         env: env(),
         index: Arc::default(),
+        failures: Failures::default(),
         poller: Poller::default(),
         recorder: Recorder::new(client, reporter),
         metrics: Arc::new(Metrics::new().expect("metrics register")),
@@ -139,6 +144,160 @@ async fn an_object_of_that_name_that_is_not_ours_is_left_alone() {
     let before = server.picture()["deployments/chat"].clone();
     live(&server).await;
     assert_eq!(server.picture()["deployments/chat"], before);
+    let (reason, message) = condition(&server, "inferenceservices/chat", "Available");
+    assert_eq!(reason, "NameTaken");
+    assert!(
+        message.starts_with("the Deployment chat belongs to something else: delete it"),
+        "{message}"
+    );
+    let (reason, _) = condition(&server, "inferenceservices/chat", "Succeeded");
+    assert_eq!(reason, "Published", "what was published is recorded in any case");
+    assert!(server.object("inferenceservices/chat")["status"]["artifact"]["digest"].is_string());
+
+    server.remove("deployments/chat");
+    live(&server).await;
+    assert_eq!(condition(&server, "inferenceservices/chat", "Ready").0, "Serving");
+}
+
+#[tokio::test]
+async fn what_is_left_of_a_resource_of_the_same_name_is_waited_for() {
+    let server = world();
+    let owner =
+        json!({"apiVersion": "strata.dev/v1alpha1", "kind": "InferenceService", "name": "chat", "uid": "before"});
+    server.add("deployments", json!({"apiVersion": "apps/v1", "kind": "Deployment",
+        "metadata": {"name": "chat", "namespace": "ns", "ownerReferences": [owner]}, "spec": {"selector": {}, "template": {}}}));
+    live(&server).await;
+    let (reason, message) = condition(&server, "inferenceservices/chat", "Available");
+    assert_eq!(reason, "Pending", "{message}");
+    server.remove("deployments/chat");
+    live(&server).await;
+    assert_eq!(condition(&server, "inferenceservices/chat", "Ready").0, "Serving");
+}
+
+#[tokio::test]
+async fn what_the_server_refuses_is_said_tried_again_and_disturbs_nothing_else() {
+    for (code, words) in [
+        (422, "Job.batch \"x\" is invalid: spec.template.spec.priorityClassName"),
+        (403, "jobs.batch \"x\" is forbidden: exceeded quota: jobs"),
+        (400, "Job in version \"v1\" cannot be handled as a Job"),
+    ] {
+        let server = world();
+        server.refuse("jobs", Some((code, words)));
+        live(&server).await;
+        let (reason, message) = condition(&server, "datasets/plays", "Succeeded");
+        assert_eq!(reason, "Refused", "{code}");
+        assert!(message.contains(words), "{message}");
+        let events = server.events();
+        assert_eq!(
+            events.iter().filter(|event| event["reason"] == "Refused").count(),
+            1,
+            "{events:?}"
+        );
+        assert_eq!(condition(&server, "datasets/plays", "Ready").0, "Refused");
+        let before = server.writes();
+        let error = reconcile::<Dataset>(&key(ResourceKind::Dataset, "plays"), &operator(&server, true)).await;
+        assert_eq!(error.expect_err("it is tried again").reason(), "Refused");
+        // Its ConfigMap is there already.
+        assert_eq!(server.writes(), before, "the same is not said twice");
+
+        server.refuse("jobs", None);
+        live(&server).await;
+        assert_eq!(condition(&server, "datasets/plays", "Ready").0, "Published");
+
+        // A new run that is refused takes nothing away from what serves.
+        server.refuse("services", Some((code, words)));
+        server.remove("services/chat");
+        live(&server).await;
+        assert_eq!(condition(&server, "inferenceservices/chat", "Available").0, "Refused");
+        assert_eq!(condition(&server, "inferenceservices/chat", "Succeeded").0, "Published");
+    }
+}
+
+/// Reason and message of a condition.
+fn condition(server: &Server, key: &str, kind: &str) -> (String, String) {
+    let object = server.object(key);
+    let all = object["status"]["conditions"].as_array().cloned().unwrap_or_default();
+    let found = all.iter().find(|condition| condition["type"] == kind);
+    let text = |field: &str| {
+        found
+            .and_then(|found| found[field].as_str())
+            .unwrap_or_default()
+            .to_owned()
+    };
+    (text("reason"), text("message"))
+}
+
+/// The next wake-up.
+async fn woken(queue: &mut tokio::sync::mpsc::Receiver<Key>) -> String {
+    let next = tokio::time::timeout(Duration::from_secs(20), queue.recv()).await;
+    next.expect("a wake-up in time").expect("the queue is open").name
+}
+
+#[tokio::test]
+async fn what_no_watch_told_is_seen_after_the_next_list() {
+    let server = world();
+    let context = Arc::new(operator(&server, true));
+    let (wake, mut queues) = Wake::new();
+    let watches = Watches {
+        client: context.client.clone(),
+        namespace: Some("ns".into()),
+        wake,
+        index: context.index.clone(),
+    };
+    let (store, writer) = kube::runtime::reflector::store();
+    let mut tasks = tokio::task::JoinSet::new();
+    tasks.spawn(watches.clone().resources::<Dataset>(writer, context.clone()));
+    let mut datasets = queues.remove(&ResourceKind::Dataset).expect("a queue");
+    let mut pretrains = queues.remove(&ResourceKind::PretrainJob).expect("a queue");
+    assert_eq!(woken(&mut datasets).await, "plays");
+    assert!(round(&context).await);
+    context.failures.pause(&key(ResourceKind::Dataset, "plays"));
+
+    server.remove("datasets/plays");
+    server.add("datasets", json!(dataset("more", json!({}))));
+    server.lose_events("datasets");
+    assert_eq!(woken(&mut datasets).await, "more");
+    let names: Vec<_> = store
+        .state()
+        .iter()
+        .map(|object| object.metadata.name.clone())
+        .collect();
+    assert_eq!(
+        names,
+        [Some("more".into())],
+        "what is woken is in the store, or it would be dropped"
+    );
+    assert_eq!(woken(&mut pretrains).await, "bard", "what it refers to has gone");
+    assert_eq!(
+        context.failures.pause(&key(ResourceKind::Dataset, "plays")),
+        Failures::default().pause(&key(ResourceKind::Dataset, "plays")),
+        "nothing is kept of what is gone"
+    );
+
+    // A Job that vanished is in no list: its resource looks at what it has.
+    tasks.spawn(watches.children::<k8s_openapi::api::batch::v1::Job>());
+    assert_eq!(woken(&mut pretrains).await, "bard");
+    server.lose_events("jobs");
+    assert_eq!(woken(&mut pretrains).await, "bard");
+}
+
+#[tokio::test]
+async fn nothing_is_waited_for_without_an_end() {
+    let server = world();
+    live(&server).await;
+    let key = key(ResourceKind::Dataset, "plays");
+    let context = operator(&server, true);
+    let action = reconcile::<Dataset>(&key, &context).await.expect("all is done");
+    assert_ne!(action, Action::await_change(), "a lost event costs some minutes");
+    context.failures.pause(&key);
+    context.failures.pause(&key);
+    server.remove("datasets/plays");
+    reconcile::<Dataset>(&key, &context).await.expect("it is gone");
+    assert_eq!(
+        context.failures.pause(&key),
+        Failures::default().pause(&key),
+        "nothing is kept of what is gone"
+    );
 }
 
 #[tokio::test]

@@ -8,8 +8,7 @@
 use std::collections::HashMap;
 use std::fmt::Debug;
 use std::pin::pin;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::Arc;
 
 use futures::{Stream, StreamExt};
 use k8s_openapi::NamespaceResourceScope;
@@ -34,10 +33,6 @@ const WATCH_TIMEOUT_SECONDS: u32 = 200;
 const CONCURRENCY: u16 = 4;
 /// Wake-ups that wait to be looked at, per kind; more make the watches wait.
 const QUEUE: usize = 1024;
-/// First pause after an error; it doubles with each further one of the same resource.
-const FIRST_PAUSE: Duration = Duration::from_millis(500);
-/// Longest pause after errors.
-const LONGEST_PAUSE: Duration = Duration::from_secs(120);
 
 /// Where wake-ups go, by kind.
 #[derive(Clone)]
@@ -117,11 +112,12 @@ impl Watches {
         let mut events = pin!(reflector::reflector(writer, self.events::<K>(None)));
         while let Some(event) = events.next().await {
             let (object, is_deleted) = match event {
-                Ok(Event::Apply(object) | Event::InitApply(object)) => (object, false),
+                Ok(Event::Apply(object)) => (object, false),
                 Ok(Event::Delete(object)) => (object, true),
-                Ok(Event::Init) => continue,
+                // Until the list is whole, the store shows what was before.
+                Ok(Event::Init | Event::InitApply(_)) => continue,
                 Ok(Event::InitDone) => {
-                    forget_missing(K::KIND, &store, &context);
+                    self.listed(&store, &context).await;
                     continue;
                 }
                 Err(error) => {
@@ -141,16 +137,35 @@ impl Watches {
         }
     }
 
+    /// After a list nobody knows what happened before it: what is gone is forgotten, everything else is looked at, and
+    /// so are those that refer to this kind.
+    async fn listed<K: Kind>(&self, store: &Store<PartialObjectMeta<K>>, context: &Context) {
+        forget_missing(K::KIND, store, context);
+        for object in store.state() {
+            self.wake.wake(key(K::KIND, &*object)).await;
+        }
+        for dependent in self.index.dependents_of_kind(K::KIND) {
+            self.wake.wake(dependent).await;
+        }
+    }
+
     /// Watches objects that belong to the four kinds, for ever.
     pub async fn children<K>(self)
     where
         K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + Send + Sync + 'static,
     {
-        let mut events = pin!(self.events::<K>(Some(labels::KIND)).touched_objects());
+        let mut events = pin!(self.events::<K>(Some(labels::KIND)));
         while let Some(event) = events.next().await {
             match event {
-                Ok(object) => {
+                Ok(Event::Apply(object) | Event::Delete(object)) => {
                     if let Some(key) = owner_key(&object) {
+                        self.wake.wake(key).await;
+                    }
+                }
+                Ok(Event::Init | Event::InitApply(_)) => {}
+                // What vanished while nobody watched is in no list: everybody looks at theirs.
+                Ok(Event::InitDone) => {
+                    for key in self.index.all() {
                         self.wake.wake(key).await;
                     }
                 }
@@ -184,6 +199,7 @@ fn forget_missing<K: Kind>(kind: ResourceKind, store: &Store<PartialObjectMeta<K
         |key: &Key| key.kind != kind || store.get(&ObjectRef::new(&key.name).within(&key.namespace)).is_some();
     context.index.retain(is_there);
     context.metrics.retain(is_there);
+    context.failures.retain(is_there);
 }
 
 /// Reconciles one kind until `stop`; then finishes what is under way.
@@ -193,7 +209,6 @@ pub async fn run<K: Kind>(
     store: Store<PartialObjectMeta<K>>,
     mut stop: watch::Receiver<bool>,
 ) {
-    let failures = Arc::new(Failures::default());
     let stopped = async move {
         // An error means that the sender is gone, which is a stop too.
         let _ = stop.wait_for(|stop| *stop).await;
@@ -201,22 +216,20 @@ pub async fn run<K: Kind>(
     let requests = futures::stream::unfold(queue, |mut queue| async move { Some((queue.recv().await?, queue)) })
         .map(|key| Ok::<_, std::convert::Infallible>(ObjectRef::new(&key.name).within(&key.namespace)))
         .take_until(Box::pin(stopped));
-    let on_ok = failures.clone();
     let reconciler = move |object: Arc<PartialObjectMeta<K>>, context: Arc<Context>| {
-        let failures = on_ok.clone();
         Box::pin(async move {
             let key = key(K::KIND, &*object);
             let action = reconcile::<K>(&key, &context).await?;
-            failures.clear(&key);
+            context.failures.clear(&key);
             Ok::<Action, Error>(action)
         })
     };
-    let on_error = move |object: Arc<PartialObjectMeta<K>>, error: &Error, _: Arc<Context>| {
+    let on_error = move |object: Arc<PartialObjectMeta<K>>, error: &Error, context: Arc<Context>| {
         let key = key(K::KIND, &*object);
-        let pause = failures.pause(&key);
+        let pause = context.failures.pause(&key);
         match error.reason() {
-            // Somebody else wrote in between: not worth a line.
-            "Conflict" => {
+            // Somebody else wrote in between, or the collector is at work: not worth a line.
+            "Conflict" | "Pending" => {
                 tracing::debug!(kind = K::KIND.name(), namespace = key.namespace, name = key.name, %error, "again")
             }
             reason => tracing::warn!(
@@ -229,25 +242,6 @@ pub async fn run<K: Kind>(
     let config = controller::Config::default().concurrency(CONCURRENCY);
     let results = applier(reconciler, on_error, context, store, Box::pin(requests), config);
     results.for_each(|_| std::future::ready(())).await;
-}
-
-/// Errors in a row, by resource.
-#[derive(Default)]
-struct Failures(Mutex<HashMap<Key, u32>>);
-
-impl Failures {
-    fn clear(&self, key: &Key) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(key);
-    }
-
-    fn pause(&self, key: &Key) -> Duration {
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = all.entry(key.clone()).or_insert(0);
-        *count += 1;
-        FIRST_PAUSE
-            .saturating_mul(2_u32.saturating_pow(*count - 1))
-            .min(LONGEST_PAUSE)
-    }
 }
 
 /// Starts everything: watches and loops of the four kinds. Ready says when all stores are filled.

@@ -28,6 +28,9 @@ pub fn report(
     let deployment = observed.deployment.as_ref();
     let available = match checked {
         Err(_) => Finding::new(ConditionType::Available, Reason::Blocked, "see condition Accepted"),
+        Ok(_) if let Some((reason, message)) = &observed.refused.serving => {
+            Finding::new(ConditionType::Available, *reason, message.clone())
+        }
         Ok(checked) => {
             let artifact = judged.status.artifact.as_ref();
             let standing = standing(artifact, checked.serving.replicas, deployment, &pods);

@@ -74,7 +74,10 @@ pub fn judge<T: Runs>(resource: &T, checked: Result<&Order, &Refusal>, observed:
         (_, None) if is_new_run => status.gates = Vec::new(),
         _ => {}
     }
-    let (why, message) = succeeded(order, &phase, &ledger, &before);
+    let (why, message) = match (&phase, &observed.refused.run) {
+        (Phase::Published | Phase::Publishing(_), _) | (_, None) => succeeded(order, &phase, &ledger, &before),
+        (_, Some(refused)) => refused.clone(),
+    };
     let inputs = match order.inputs.len() {
         0 => "the spec names only plain URIs".to_owned(),
         count => format!("{count} of {count} published"),

@@ -25,6 +25,11 @@ struct State {
     writes: usize,
     crash_after: Option<usize>,
     fail_first: HashSet<String>,
+    /// By plural: with which code and words creations and patches are refused.
+    refused: BTreeMap<String, (u16, String)>,
+    /// Plurals whose watches are to end, since their events are lost.
+    gone: HashSet<String>,
+    is_down: bool,
 }
 
 impl Server {
@@ -49,6 +54,42 @@ impl Server {
     /// The answer to this write, counted from 1, is lost.
     pub fn crash_after(&self, write: usize) {
         self.state().crash_after = Some(write);
+    }
+
+    /// From now on creations and patches of these objects are refused; or not any more.
+    pub fn refuse(&self, plural: &str, refusal: Option<(u16, &str)>) {
+        let refused = &mut self.state().refused;
+        match refusal {
+            Some((code, words)) => refused.insert(plural.into(), (code, words.into())),
+            None => refused.remove(plural),
+        };
+    }
+
+    /// Takes an object away, as a user would.
+    pub fn remove(&self, key: &str) {
+        self.state().objects.remove(key);
+    }
+
+    /// The object with this key, as it is now.
+    pub fn object(&self, key: &str) -> Value {
+        self.state().objects.get(key).cloned().unwrap_or_default()
+    }
+
+    /// All Events.
+    pub fn events(&self) -> Vec<Value> {
+        let state = self.state();
+        let events = state.objects.iter().filter(|(key, _)| key.starts_with("events/"));
+        events.map(|(_, event)| event.clone()).collect()
+    }
+
+    /// Ends the watch of these objects with 410 Gone: what has happened since it began is not told.
+    pub fn lose_events(&self, plural: &str) {
+        self.state().gone.insert(plural.into());
+    }
+
+    /// From now on nothing is answered; or all is again.
+    pub fn set_down(&self, is_down: bool) {
+        self.state().is_down = is_down;
     }
 
     /// Writes that were asked for, Events aside.
@@ -83,6 +124,10 @@ impl Server {
                     .headers
                     .get("content-type")
                     .is_some_and(|kind| kind.as_bytes().starts_with(b"application/apply-patch"));
+                server.until_up().await;
+                if parts.uri.query().is_some_and(|query| query.contains("watch=")) {
+                    return Ok(server.watch(parts.uri.path()).await);
+                }
                 let (code, answer) = server.state().answer(
                     &parts.method,
                     parts.uri.path(),
@@ -97,6 +142,22 @@ impl Server {
                     .expect("a response"))
             }
         }))
+    }
+
+    async fn until_up(&self) {
+        while self.state().is_down {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    /// A watch tells nothing, until it ends.
+    async fn watch(&self, path: &str) -> Response<Body> {
+        let plural = path.rsplit('/').next().expect("a path");
+        while !self.state().gone.remove(plural) {
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+        let event = json!({"type": "ERROR", "object": status(410, "Expired").1});
+        Response::new(Body::from(format!("{event}\n").into_bytes()))
     }
 
     /// One turn of the Job controller, the Deployment controller and the kubelet.
@@ -181,6 +242,9 @@ impl State {
                 None => (200, self.list(plural, query)),
             };
         }
+        if let (Some((code, words)), true) = (self.refused.get(plural), *method != Method::DELETE) {
+            return status(*code, words);
+        }
         let answer = self.write(method, &parts, body, apply);
         if plural != "events" && answer.0 < 300 {
             self.writes += 1;
@@ -232,12 +296,14 @@ impl State {
         };
         match *method {
             Method::PUT => {
-                assert_eq!(parts.get(2), Some(&"status"), "only the status is replaced");
+                let is_status = parts.get(2) == Some(&"status");
+                assert!(is_status || plural == "leases", "only a status or a Lease is replaced");
                 if body["metadata"]["resourceVersion"] != there["metadata"]["resourceVersion"] {
                     return status(409, "Conflict");
                 }
                 let mut next = there;
-                next["status"] = body["status"].clone();
+                let part = if is_status { "status" } else { "spec" };
+                next[part] = body[part].clone();
                 (200, self.update(&key, next))
             }
             Method::PATCH => {
