@@ -19,7 +19,7 @@ use strata_operator::engine::kind::Env;
 use strata_operator::engine::progress::Poller;
 use strata_operator::engine::reconcile::Context;
 use strata_operator::engine::watch::{Started, Wake, Watches, start};
-use strata_operator::leader::Election;
+use strata_operator::leader::{Election, Times};
 use strata_operator::metrics::Metrics;
 use strata_operator::server::{Shown, router};
 use tokio::net::TcpListener;
@@ -27,6 +27,10 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tracing_subscriber::EnvFilter;
 
+/// Longest silence of the API server about the Lease.
+const LEASE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Longest silence of the API server on any other connection; longer than a watch without news (200 s).
+const READ_TIMEOUT: Duration = Duration::from_secs(230);
 /// Time for the reconciles under way to end after a signal.
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -49,6 +53,9 @@ struct Arguments {
     /// Namespace of the Lease.
     #[arg(long, env = "POD_NAMESPACE", default_value = "strata-system")]
     leader_elect_namespace: String,
+    /// Name of the Lease: one for each installation in a namespace.
+    #[arg(long, default_value = "strata-operator")]
+    leader_elect_name: String,
     /// Name of this replica in the Lease and in Events.
     #[arg(long, env = "POD_NAME")]
     identity: Option<String>,
@@ -113,9 +120,12 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     };
     let server = tokio::spawn(async move { axum::serve(listener, router(shown)).await });
 
-    let config = kube::Config::infer()
+    let mut config = kube::Config::infer()
         .await
         .context("no cluster: neither a kubeconfig nor a service account")?;
+    config.read_timeout = Some(READ_TIMEOUT);
+    // Without, the time for which a connection stood idle counts too.
+    config.reset_reader_on_write = true;
     let leadership = Leadership::default();
     let client = ClientBuilder::try_from(config.clone())?
         .with_layer(&GuardLayer(leadership.clone()))
@@ -127,8 +137,16 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let mut election = None;
     if arguments.leader_elect {
         // The Lease is taken by a client of its own: the guarded one writes only for the leader.
-        let lease_client = Client::try_from(config)?;
-        let mut joined = Election::join(lease_client, &arguments.leader_elect_namespace, &identity).await?;
+        config.read_timeout = Some(LEASE_TIMEOUT);
+        let mut joined = Election::join(
+            Client::try_from(config)?,
+            &arguments.leader_elect_namespace,
+            &arguments.leader_elect_name,
+            &identity,
+            Times::OPERATOR,
+            leadership.clone(),
+        )
+        .await?;
         // A replica that stands by could take over: it is ready.
         ready.store(true, Ordering::Relaxed);
         tracing::info!(identity, "standing by for the Lease");
@@ -143,8 +161,9 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         }
         ready.store(false, Ordering::Relaxed);
         election = Some(joined);
+    } else {
+        leadership.set(true);
     }
-    leadership.set(true);
     metrics.set_leader(true);
     tracing::info!(identity, image = arguments.runtime_image, "leading");
 
@@ -202,9 +221,6 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         ended = watches.join_next() => anyhow::bail!("a watch ended by itself: {ended:?}"),
         ended = loops.join_next() => anyhow::bail!("a loop ended by itself: {ended:?}"),
     };
-    if is_lost {
-        leadership.set(false);
-    }
     tracing::info!(is_lost, "stopping: what is under way is finished first");
     stop.send_replace(true);
     let all = async { while loops.join_next().await.is_some() {} };
@@ -220,7 +236,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     }
     server.abort();
     match is_lost {
-        true => anyhow::bail!("another replica leads now"),
+        true => anyhow::bail!("the Lease is lost; a fresh start stands by"),
         false => Ok(()),
     }
 }
