@@ -10,6 +10,11 @@
 {{- end -}}
 {{- end -}}
 
+{{- /* A digest says more than a tag. */ -}}
+{{- define "strata.image" -}}
+{{- .repository }}{{ if .digest }}@{{ .digest }}{{ else }}:{{ .tag }}{{ end -}}
+{{- end -}}
+
 {{- define "strata.selector" -}}
 app.kubernetes.io/name: strata-operator
 app.kubernetes.io/instance: {{ .Release.Name }}
