@@ -17,6 +17,7 @@ pub mod cgroup;
 pub mod command;
 pub mod config;
 pub mod go;
+pub mod host;
 pub mod machine;
 pub mod network;
 pub mod pki;
@@ -36,7 +37,7 @@ use k8s_openapi::api::core::v1::Node;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Api, Client, Config};
 
-use crate::image::catalog;
+use crate::image::{Built, catalog};
 use crate::wait;
 use command::say;
 use pki::Pki;
@@ -106,7 +107,9 @@ impl Bed {
         let path = self.kubeconfig();
         let file = Kubeconfig::read_from(&path)
             .with_context(|| format!("no bed in slot {}: `bed up` starts it", self.slot))?;
-        let config = Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await?;
+        let mut config = Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await?;
+        // One from the environment knows nothing of this machine's own addresses.
+        config.proxy_url = None;
         Ok(Client::try_from(config)?)
     }
 
@@ -136,7 +139,10 @@ impl Bed {
     /// # Errors
     /// What is missing and cannot be installed, in one line.
     pub fn build() -> Result<()> {
-        machine::prepare()?;
+        // What cannot be installed is named before minutes go into what can.
+        machine::check()?;
+        go::check(&go::BED)?;
+        machine::install(&machine::BED)?;
         go::build(&go::BED)
     }
 
@@ -171,7 +177,7 @@ impl Bed {
         let (imported, ready) = tokio::join!(
             tokio::task::spawn_blocking({
                 let bed = self.clone();
-                move || bed.import(&catalog::BED)
+                move || bed.import(&catalog::BED).map(drop)
             }),
             self.wait_for_api(),
         );
@@ -218,15 +224,16 @@ impl Bed {
         network::disconnect(self.slot);
         cgroup::remove(&self.slot.name())?;
         fs::remove_dir_all(&self.state).with_context(|| format!("cannot remove {}", self.state.display()))?;
+        host::restore()?;
         say(format_args!("the bed in slot {} is gone", self.slot));
         Ok(())
     }
 
-    /// Builds images and gives them to containerd, except those that it has.
+    /// Builds images, gives them to containerd, except those that it has, and returns them.
     ///
     /// # Errors
     /// The bed does not run, an image cannot be built, or containerd refuses it.
-    pub fn import(&self, names: &[catalog::Name]) -> Result<()> {
+    pub fn import(&self, names: &[catalog::Name]) -> Result<Vec<Built>> {
         let end = Instant::now() + STEP;
         let present = loop {
             match command::output(self.ctr()?.args(["images", "list"])) {
@@ -235,19 +242,28 @@ impl Bed {
                 Err(error) => return Err(error.context(self.explain("containerd"))),
             }
         };
+        let mut all = Vec::new();
         for name in names {
             let built = name.build()?;
-            if present
-                .lines()
-                .any(|line| line.starts_with(&built.reference) && line.contains(&built.digest))
-            {
-                continue;
+            let has = |name: &str| {
+                present
+                    .lines()
+                    .any(|line| line.starts_with(&format!("{name} ")) && line.contains(&built.digest))
+            };
+            if !has(&built.reference) {
+                let import = ["images", "import", "--snapshotter", snapshotter(&self.state)];
+                command::output(self.ctr()?.args(import).arg(&built.tar))?;
+                say(format_args!("imported {}", built.reference));
             }
-            let import = ["images", "import", "--snapshotter", snapshotter(&self.state)];
-            command::output(self.ctr()?.args(import).arg(&built.tar))?;
-            say(format_args!("imported {}", built.reference));
+            // The manifests of config/ work as they are, too.
+            let in_manifests = name.in_manifests();
+            if !has(&in_manifests) {
+                let tag = ["images", "tag", "--force", &built.reference, &in_manifests];
+                command::output(self.ctr()?.args(tag))?;
+            }
+            all.push(built);
         }
-        Ok(())
+        Ok(all)
     }
 
     /// Whether the API server answers and the node is ready.
@@ -277,14 +293,13 @@ impl Bed {
         for folder in ["log/pods", "log/containers", "cni", "kubelet", "volumes"] {
             fs::create_dir_all(self.state.join(folder))?;
         }
+        let plan = config::plan(self.slot, &self.state);
+        host::prepare(&plan.mount_points())?;
         Pki::at(&self.state).create(self.slot)?;
         for (name, text) in config::files(self.slot, &self.state, snapshotter(&self.state)) {
             fs::write(self.state.join(name), text)?;
         }
-        fs::write(
-            self.state.join("plan.json"),
-            serde_json::to_vec_pretty(&config::plan(self.slot, &self.state))?,
-        )?;
+        fs::write(self.state.join("plan.json"), serde_json::to_vec_pretty(&plan)?)?;
         Ok(())
     }
 

@@ -15,6 +15,8 @@ use sha2::{Digest, Sha256};
 
 /// The user and group that all images run as.
 pub const USER: u32 = 65532;
+/// Digits of the digest that make a tag: no two builds of a machine meet in them.
+const TAG_LENGTH: usize = 12;
 const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 const LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
@@ -38,7 +40,8 @@ pub type Layer = BTreeMap<String, Entry>;
 /// An image to be written.
 #[derive(Debug, Clone)]
 pub struct Image {
-    /// The name that a pod uses, `strata.local/NAME:TAG`.
+    /// The name that a pod uses, `strata.local/NAME:TAG`. Without a tag it gets one from its digest, so that another
+    /// content has another name.
     pub reference: String,
     /// From the bottom up: what changes least comes first, and images share equal layers.
     pub layers: Vec<Layer>,
@@ -99,9 +102,14 @@ impl Image {
         }))?;
         let digest = manifest.digest.clone();
         let mut described = manifest.descriptor(MANIFEST);
-        let tag = self.reference.rsplit_once(':').map_or("latest", |(_, tag)| tag);
-        described["annotations"] =
-            json!({ "io.containerd.image.name": self.reference, "org.opencontainers.image.ref.name": tag });
+        let reference = match self.reference.contains(':') {
+            true => self.reference.clone(),
+            false => format!("{}:{}", self.reference, &digest["sha256:".len()..][..TAG_LENGTH]),
+        };
+        described["annotations"] = json!({
+            "io.containerd.image.name": reference,
+            "org.opencontainers.image.ref.name": split(&reference).1,
+        });
         let index = serde_json::to_vec(&json!({ "schemaVersion": 2, "manifests": [described] }))?;
 
         let name = self.reference.rsplit('/').next().unwrap_or_default().replace(':', "-");
@@ -125,11 +133,46 @@ impl Image {
         }
         let file = out.into_inner()?.into_inner().map_err(io::IntoInnerError::into_error)?;
         file.persist(&tar)?;
-        Ok(Built {
-            reference: self.reference.clone(),
-            tar,
-            digest,
-        })
+        Ok(Built { reference, tar, digest })
+    }
+}
+
+impl Built {
+    /// `NAME` of `…/NAME:TAG`.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        let repository = split(&self.reference).0;
+        repository.rsplit('/').next().unwrap_or(repository)
+    }
+
+    /// The image under another host and path.
+    #[must_use]
+    pub fn at(&self, registry: &str) -> Self {
+        let reference = format!("{}/{}:{}", registry.trim_end_matches('/'), self.name(), self.tag());
+        Self {
+            reference,
+            ..self.clone()
+        }
+    }
+
+    /// `TAG` of `…/NAME:TAG`.
+    #[must_use]
+    pub fn tag(&self) -> &str {
+        split(&self.reference).1
+    }
+
+    /// `…/NAME` of `…/NAME:TAG`.
+    #[must_use]
+    pub fn repository(&self) -> &str {
+        split(&self.reference).0
+    }
+}
+
+/// Repository and tag; the host may have a port.
+fn split(reference: &str) -> (&str, &str) {
+    match reference.rsplit_once(':') {
+        Some((repository, tag)) if !tag.contains('/') => (repository, tag),
+        _ => (reference, "latest"),
     }
 }
 
@@ -296,6 +339,20 @@ mod tests {
             Entry::Bytes(vec![8], 0o755),
         )])]);
         assert_ne!(first.digest, other.write(folder.path()).unwrap().digest);
+    }
+
+    #[test]
+    fn an_image_without_a_tag_is_named_by_its_digest() {
+        let folder = tempfile::tempdir().unwrap();
+        let image = Image {
+            reference: "strata.local/x".into(),
+            ..image(vec![Layer::new()])
+        };
+        let built = image.write(folder.path()).unwrap();
+        assert_eq!(built.tag(), &built.digest[7..19]);
+        let there = built.at("registry.example.org:5000/team/");
+        let expected = format!("registry.example.org:5000/team/x:{}", built.tag());
+        assert_eq!((there.reference.as_str(), there.name()), (expected.as_str(), "x"));
     }
 
     #[test]

@@ -6,8 +6,9 @@ use std::sync::OnceLock;
 
 use anyhow::Result;
 
+use crate::bed::Bed;
+use crate::bed::command::{self, say};
 use crate::bed::go::Program;
-use crate::bed::{Bed, command};
 use crate::image::catalog;
 use crate::namespace::tool;
 
@@ -54,9 +55,8 @@ pub fn once(bed: &Bed) -> Result<()> {
 /// # Errors
 /// What could not be built or installed.
 pub fn operator(bed: &Bed, settings: &[&str]) -> Result<()> {
-    bed.import(&catalog::STRATA)?;
-    // The tag stays `dev`: only the digest tells a new program from the old one.
-    let digest = catalog::Name::Operator.build()?.digest;
+    let images = bed.import(&catalog::STRATA)?;
+    remove_pending(bed)?;
     let mut helm = helm(bed)?;
     helm.args(["upgrade", "--install", "strata"]).arg(chart());
     helm.args([
@@ -67,9 +67,26 @@ pub fn operator(bed: &Bed, settings: &[&str]) -> Result<()> {
         "--timeout",
         "3m",
     ]);
-    helm.args(["--set-string", &format!("podAnnotations.image={digest}")]);
+    for image in images {
+        match image.name() {
+            "strata-operator" => helm.args(["--set-string", &format!("image.tag={}", image.tag())]),
+            "strata-runtime" => helm.args(["--set-string", &format!("runtimeImage.tag={}", image.tag())]),
+            _ => &mut helm,
+        };
+    }
     for setting in settings {
-        helm.args(["--set", setting]);
+        helm.args(["--set-string", setting]);
     }
     command::output(&mut helm).map(drop)
+}
+
+/// Removes a release that an interrupted run left half-done: helm refuses to go on from it.
+fn remove_pending(bed: &Bed) -> Result<()> {
+    let list = ["list", "--pending", "--short", "--namespace", NAMESPACE];
+    for release in command::output(helm(bed)?.args(list))?.lines() {
+        say(format_args!("removing the release {release}, which was left half-done"));
+        let uninstall = ["uninstall", release, "--wait", "--namespace", NAMESPACE];
+        command::output(helm(bed)?.args(uninstall))?;
+    }
+    Ok(())
 }

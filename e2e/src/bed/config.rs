@@ -38,7 +38,7 @@ pub fn audit_log(state: &Path) -> PathBuf {
 pub fn files(slot: Slot, state: &Path, snapshotter: &str) -> Vec<(&'static str, String)> {
     vec![
         ("audit-policy.yaml", AUDIT_POLICY.to_owned()),
-        ("cni/10-bridge.conflist", cni(slot)),
+        ("cni/10-pods.conflist", cni(slot)),
         ("containerd.toml", containerd(state, snapshotter)),
         ("kubelet.yaml", kubelet(slot, &Pki::at(state))),
     ]
@@ -163,9 +163,11 @@ pub fn plan(slot: Slot, state: &Path) -> Plan {
 
 fn cni(slot: Slot) -> String {
     let pods = slot.pod_range();
+    // Not the bridge plugin: what goes over a bridge passes iptables only where the module br_netfilter is loaded, and a
+    // pod would not reach a Service whose pod is its neighbour. Between point-to-point links the kernel routes.
     format!(
         r#"{{"cniVersion": "0.4.0", "name": "strata", "plugins": [
-  {{"type": "bridge", "bridge": "pods", "isGateway": true, "hairpinMode": true,
+  {{"type": "ptp",
     "ipam": {{"type": "host-local", "ranges": [[{{"subnet": "{pods}"}}]], "routes": [{{"dst": "0.0.0.0/0"}}]}}}},
   {{"type": "portmap", "capabilities": {{"portMappings": true}}}}
 ]}}

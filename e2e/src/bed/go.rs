@@ -26,6 +26,11 @@ pub enum Program {
     Crane,
 }
 
+/// What the modules below ask for.
+const GO: &str = "1.26";
+/// From this one on, Go fetches the version that a module asks for.
+const FETCHING_MINOR: u32 = 21;
+
 /// What a bed runs, in the order in which it is compiled.
 pub const BED: [Program; 8] = [
     Program::KubeApiserver,
@@ -176,8 +181,9 @@ pub fn path(program: Program) -> PathBuf {
 /// Compiles those of `programs` that are not in the cache, one module after the other. One caller at a time.
 ///
 /// # Errors
-/// Go is missing, or a module does not compile; the message holds the compiler's.
+/// As [`check`], or a module does not compile; the message holds the compiler's.
 pub fn build(programs: &[Program]) -> Result<()> {
+    check(programs)?;
     let _alone = cache::lock("go")?;
     for module in &MODULES {
         let wanted = module
@@ -191,10 +197,32 @@ pub fn build(programs: &[Program]) -> Result<()> {
     Ok(())
 }
 
-fn build_module(module: &Module) -> Result<()> {
-    if Command::new("go").arg("version").output().is_err() {
-        bail!("Go is missing: install Go 1.26 or newer and put `go` on the PATH");
+/// Checks Go itself, where one of `programs` is still to be compiled.
+///
+/// # Errors
+/// Go is missing or too old; the message says what to install.
+pub fn check(programs: &[Program]) -> Result<()> {
+    if programs.iter().all(|program| path(*program).exists()) {
+        return Ok(());
     }
+    let remedy = format!("install Go {GO}, or 1.{FETCHING_MINOR} or newer, which fetches {GO} by itself");
+    let Ok(run) = Command::new("go").args(["env", "GOVERSION"]).output() else {
+        bail!("Go is missing: {remedy}, and put `go` on the PATH");
+    };
+    let said = String::from_utf8_lossy(&run.stdout);
+    // Go before 1.17 does not know the variable and says nothing.
+    if said.trim().is_empty() || minor(&said).is_some_and(|minor| minor < FETCHING_MINOR) {
+        bail!("the `go` on the PATH is too old ({}): {remedy}", said.trim());
+    }
+    Ok(())
+}
+
+/// The 26 of `go1.26.8`; `None` for a version of another form, as developers of Go have.
+fn minor(version: &str) -> Option<u32> {
+    version.trim().strip_prefix("go1.")?.split('.').next()?.parse().ok()
+}
+
+fn build_module(module: &Module) -> Result<()> {
     let names: Vec<&str> = module.programs.iter().map(|p| p.name()).collect();
     say(format_args!(
         "compiling {} {} (about {} min on 2 cores the first time)",
@@ -209,7 +237,7 @@ fn build_module(module: &Module) -> Result<()> {
         .join(module.version);
     fs::create_dir_all(&folder)?;
     let packages: Vec<String> = module.programs.iter().map(|p| p.package(module)).collect();
-    let mut main = format!("module bed\ngo 1.26.0\nrequire {} {}\n", module.path, module.version);
+    let mut main = format!("module bed\ngo {GO}.0\nrequire {} {}\n", module.path, module.version);
     if let Source::Staging(version) = module.source {
         main.push_str(&replacements(&upstream_go_mod(module)?, version));
     }
@@ -313,6 +341,18 @@ mod tests {
     fn programs_know_their_version() {
         let flags = linker_flags(Program::Kubectl.module());
         assert!(flags.ends_with("version.gitVersion=v1.36.3 -X k8s.io/component-base/version.gitMajor=1 -X k8s.io/component-base/version.gitMinor=36"), "{flags}");
+    }
+
+    #[test]
+    fn an_old_go_is_known() {
+        for (said, known) in [
+            ("go1.19.8\n", Some(19)),
+            ("go1.26", Some(26)),
+            ("go1.27rc1", None),
+            ("devel +a1b2", None),
+        ] {
+            assert_eq!(minor(said), known, "{said}");
+        }
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Result, bail};
 
@@ -23,16 +24,19 @@ impl Package {
     }
 }
 
+/// How long after a failed `apt-get update` comes the second and last.
+const UPDATE_PAUSE: Duration = Duration::from_secs(20);
+
 /// A shell in one file.
 pub const BUSYBOX: Package = Package::new("busybox-static", "busybox");
 /// For one wheel.
 pub const PYTHON: Package = Package::new("python3", "python3");
 
 /// What a bed runs or calls.
-const BED: [Package; 9] = [
+pub const BED: [Package; 9] = [
     Package::new("containerd", "containerd"),
     Package::new("runc", "runc"),
-    Package::new("containernetworking-plugins", "/usr/lib/cni/bridge"),
+    Package::new("containernetworking-plugins", "/usr/lib/cni/ptp"),
     Package::new("iptables", "iptables"),
     Package::new("conntrack", "conntrack"),
     Package::new("ethtool", "ethtool"),
@@ -41,16 +45,16 @@ const BED: [Package; 9] = [
     Package::new("ca-certificates", "/etc/ssl/certs/ca-certificates.crt"),
 ];
 
-/// Checks that we are root and installs what a bed needs.
+/// Checks what cannot be installed.
 ///
 /// # Errors
-/// Not root, not Debian or Ubuntu, or a package cannot be installed.
-pub fn prepare() -> Result<()> {
+/// Not root.
+pub fn check() -> Result<()> {
     // SAFETY: geteuid has no preconditions.
     if unsafe { libc::geteuid() } != 0 {
         bail!("the bed runs containers and needs root: run it as root or with sudo -E");
     }
-    install(&BED)
+    Ok(())
 }
 
 /// Installs those of `packages` whose program is missing; asks nobody when none is.
@@ -85,10 +89,16 @@ fn apt(names: &[&str]) -> Result<()> {
     }
     let apt = || {
         let mut command = Command::new("apt-get");
-        command.env("DEBIAN_FRONTEND", "noninteractive").arg("-qq");
+        command.env("DEBIAN_FRONTEND", "noninteractive");
+        // A machine that has just started often upgrades itself: wait for that.
+        command.args(["-qq", "-o", "DPkg::Lock::Timeout=300"]);
         command
     };
-    command::output(apt().arg("update"))?;
+    // The lock of the lists knows no time-out, and mirrors are out of step for moments.
+    if command::output(apt().arg("update")).is_err() {
+        std::thread::sleep(UPDATE_PAUSE);
+        command::output(apt().arg("update"))?;
+    }
     command::output(apt().args(["install", "--yes", "--no-install-recommends"]).args(names))?;
     Ok(())
 }

@@ -2,10 +2,19 @@
 
 use std::process::Command;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 
 use crate::bed::command;
 use crate::bed::slot::Slot;
+
+/// A client for addresses of a bed and of this machine, which no proxy of the user's environment reaches.
+///
+/// # Errors
+/// The machine has no source of randomness, or the like.
+pub fn http() -> Result<reqwest::Client> {
+    let client = reqwest::Client::builder().no_proxy().build();
+    client.context("cannot make an HTTP client")
+}
 
 /// Joins the host to the network namespace of process `init`. The link goes with the namespace, and the routes with it.
 ///

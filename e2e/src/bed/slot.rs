@@ -15,16 +15,19 @@ pub const SLOTS: u8 = 4;
 /// Where the API server of a bed listens, on [`Slot::node_address`].
 pub const API_PORT: u16 = 6443;
 
-/// One of the beds of this machine: 0 is the demo's, 1 the tests', 2 and 3 are free for trials.
+/// One of the beds of this machine: 0 is the demo's, 1 that of `make test`, 2 and 3 are free for trials.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Slot(u8);
 
 /// The bed of `make demo`.
 pub const DEMO: Slot = Slot(0);
-/// The bed of `make test`.
-pub const TEST: Slot = Slot(1);
 
 impl Slot {
+    /// All of them.
+    pub fn all() -> impl Iterator<Item = Self> {
+        (0..SLOTS).map(Self)
+    }
+
     /// The name of the node, of the link on the host and of the cgroup.
     #[must_use]
     pub fn name(self) -> String {
@@ -114,8 +117,7 @@ mod tests {
 
     #[test]
     fn slots_share_no_address() {
-        let mut ranges: Vec<_> = (0..SLOTS)
-            .map(Slot)
+        let mut ranges: Vec<_> = Slot::all()
             .flat_map(|slot| {
                 let link = format!("{}/30", Ipv4Addr::from(u32::from(slot.host_address()) - 1));
                 [slot.pod_range(), slot.service_range(), link]

@@ -36,6 +36,15 @@ pub struct Plan {
     pub programs: Vec<Program>,
 }
 
+impl Plan {
+    /// The folders that something is mounted on.
+    #[must_use]
+    pub fn mount_points(&self) -> Vec<&Path> {
+        let scratch = self.scratch.iter().map(PathBuf::as_path);
+        scratch.chain(self.binds.iter().map(|(_, to)| to.as_path())).collect()
+    }
+}
+
 /// A program of the bed.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Program {
@@ -144,12 +153,9 @@ fn reap() -> Vec<(i32, i32)> {
 fn mount_all(plan: &Plan) -> Result<()> {
     mount("proc", Path::new("/proc"), "proc", 0, None)?;
     for folder in &plan.scratch {
-        fs::create_dir_all(folder)?;
         mount("tmpfs", folder, "tmpfs", 0, Some("mode=0755"))?;
     }
     for (from, to) in &plan.binds {
-        fs::create_dir_all(from)?;
-        fs::create_dir_all(to)?;
         mount(&from.to_string_lossy(), to, "", libc::MS_BIND, None)?;
     }
     // The kubelet's mounts must reach the pods; the namespace began private, so nothing reaches the host.

@@ -78,7 +78,7 @@ fn run(command: Command) -> anyhow::Result<()> {
                 }
                 Command::Up(at) => Bed::new(at.slot).up().await,
                 Command::Down(at) => Bed::new(at.slot).down(),
-                Command::Images(at) => Bed::new(at.slot).import(&catalog::STRATA),
+                Command::Images(at) => Bed::new(at.slot).import(&catalog::STRATA).map(drop),
                 Command::Model => {
                     print_model(&catalog::model()?);
                     Ok(())

