@@ -12,14 +12,18 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
+use serde_json::json;
 
 use crate::bed::command::{self, say};
 use crate::bed::{Bed, slot, volume::Volume};
 use crate::image::catalog;
+use manifests::{Fit, LABEL};
 
 mod chat;
+mod guard;
 mod life;
 mod lineage;
+mod manifests;
 mod table;
 
 pub use chat::Forward;
@@ -38,10 +42,12 @@ const QUESTION: &str = "Give me three short tips for being a good neighbour.";
 pub enum Cluster {
     /// A bed of this machine.
     Bed(Bed),
-    /// The one of the current kubectl context, with images in this registry.
+    /// The one of the current kubectl context.
     Current {
         /// Host and path that the cluster pulls from.
         registry: String,
+        /// The class of the claims; empty for the cluster's default.
+        storage_class: String,
     },
 }
 
@@ -49,15 +55,15 @@ impl Cluster {
     /// The demo's bed, or the current context's cluster.
     ///
     /// # Errors
-    /// `cluster` is neither empty nor `current`, or the registry is missing.
-    pub fn from_names(cluster: &str, registry: &str) -> Result<Self> {
-        match (cluster, registry) {
-            ("", _) => Ok(Self::Bed(Bed::new(slot::DEMO))),
-            ("current", "") => bail!("CLUSTER=current needs REGISTRY=HOST/PATH: where the images go that it pulls"),
-            ("current", registry) => Ok(Self::Current {
-                registry: registry.trim_end_matches('/').into(),
+    /// `cluster` is neither empty nor `current`.
+    pub fn from_names(cluster: &str, registry: &str, storage_class: &str) -> Result<Self> {
+        match cluster {
+            "" => Ok(Self::Bed(Bed::new(slot::DEMO))),
+            "current" => Ok(Self::Current {
+                registry: registry.into(),
+                storage_class: storage_class.into(),
             }),
-            (other, _) => {
+            other => {
                 bail!("CLUSTER={other}: write CLUSTER=current, or leave it out for a cluster on this machine")
             }
         }
@@ -82,16 +88,6 @@ impl Cluster {
         }
     }
 
-    /// Manifests of `folder` with the images of this cluster's registry.
-    fn manifests(&self, folder: &str) -> Result<String> {
-        let path = repository().join(folder);
-        let text = command::output(self.kubectl().arg("kustomize").arg(&path))?;
-        Ok(match self {
-            Self::Bed(_) => text,
-            Self::Current { registry } => text.replace("strata.local/", &format!("{registry}/")),
-        })
-    }
-
     fn apply(&self, arguments: &[&str], manifests: &str) -> Result<()> {
         let mut kubectl = self.kubectl();
         kubectl
@@ -113,22 +109,16 @@ fn repository() -> PathBuf {
 pub async fn run(cluster: &Cluster) -> Result<()> {
     let started = Instant::now();
     step(1, "a cluster");
-    match cluster {
-        Cluster::Bed(bed) => {
-            bed.up().await?;
-            step(2, "images, built without Docker");
-            bed.import(&catalog::STRATA)?;
-        }
-        Cluster::Current { registry } => {
-            say("using the cluster of the current kubectl context");
-            step(2, "images, built without Docker");
-            catalog::push(registry)?;
-        }
-    }
-    step(3, "the operator: kubectl apply -k config/default");
-    install(cluster)?;
-    step(4, "the samples: kubectl apply -k config/samples");
-    apply_samples(cluster).await?;
+    let mut fit = prepare(cluster).await?;
+    step(2, "images, built without Docker");
+    fit.images = match cluster {
+        Cluster::Bed(bed) => bed.import(&catalog::STRATA)?,
+        Cluster::Current { registry, .. } => catalog::push(registry)?,
+    };
+    step(3, "the operator: config/default, with these images");
+    install(cluster, &fit)?;
+    step(4, "the samples: config/samples, with these images");
+    apply_samples(cluster, &fit).await?;
     step(5, "the life of a model (about ten minutes on two cores)");
     let client = cluster.client().await?;
     Life::new(client.clone(), NAMESPACE).watch(LIFE_DEADLINE).await?;
@@ -151,22 +141,67 @@ pub async fn run(cluster: &Cluster) -> Result<()> {
 ///
 /// # Errors
 /// What could not be removed.
-pub fn down(cluster: &Cluster) -> Result<()> {
-    match cluster {
-        Cluster::Bed(bed) => bed.down(),
-        Cluster::Current { .. } => {
-            let delete = ["delete", "--ignore-not-found", "--wait=true"];
-            command::output(cluster.kubectl().args(delete).args(["namespace", NAMESPACE]))?;
-            let manifests = cluster.manifests("config/default")?;
-            command::output_with_input(cluster.kubectl().args(delete).args(["-f", "-"]), &manifests)?;
-            say("the demo, the operator and the CRDs are gone from the cluster");
-            Ok(())
-        }
+pub async fn down(cluster: &Cluster) -> Result<()> {
+    if let Cluster::Bed(bed) = cluster {
+        return bed.down();
     }
+    let delete = |kinds: &str| {
+        let ours = format!("{LABEL}=true");
+        command::output(cluster.kubectl().args(["delete", kinds, "--wait=true", "-l", &ours])).map(drop)
+    };
+    delete("namespaces,clusterroles,clusterrolebindings")?;
+    let others = guard::namespaces_in_use(&cluster.client().await?).await?;
+    if others.is_empty() {
+        delete("customresourcedefinitions")?;
+        say("the demo, the operator and the CRDs are gone from the cluster");
+    } else {
+        let others: Vec<_> = others.into_iter().collect();
+        say(format_args!(
+            "the demo and the operator are gone; the CRDs stay, as other namespaces have resources of them ({}). No \
+             operator serves these now: install one with charts/strata, or delete them and run this again",
+            others.join(", ")
+        ));
+    }
+    Ok(())
 }
 
-fn install(cluster: &Cluster) -> Result<()> {
-    cluster.apply(&[], &cluster.manifests("config/default")?)?;
+/// The cluster, running, and how it wants its manifests. Whatever forbids the demo is said here, before anything is done.
+async fn prepare(cluster: &Cluster) -> Result<Fit> {
+    let (registry, storage_class) = match cluster {
+        Cluster::Bed(bed) => {
+            bed.up().await?;
+            return Ok(Fit::default());
+        }
+        Cluster::Current {
+            registry,
+            storage_class,
+        } => (registry, storage_class),
+    };
+    if registry.is_empty() {
+        bail!("CLUSTER=current needs REGISTRY=HOST/PATH: where the images go that it pulls");
+    }
+    let client = cluster.client().await?;
+    guard::refuse_others(&client).await?;
+    let nodes = guard::nodes(&client).await?;
+    if nodes > 1 && storage_class.is_empty() {
+        bail!(
+            "the cluster has {nodes} nodes, and pods of several share a volume: add STORAGE_CLASS=NAME, a class that \
+             offers ReadWriteMany (see kubectl get storageclass)"
+        );
+    }
+    say(format_args!(
+        "using the cluster of the current kubectl context; nodes: {nodes}"
+    ));
+    Ok(Fit {
+        storage_class: Some(storage_class.clone()).filter(|class| !class.is_empty()),
+        several_nodes: nodes > 1,
+        ..Fit::default()
+    })
+}
+
+fn install(cluster: &Cluster, fit: &Fit) -> Result<()> {
+    let manifests = fit.render(cluster.kubectl(), &repository().join("config/default"))?;
+    cluster.apply(&[], &manifests)?;
     command::output(cluster.kubectl().args([
         "-n",
         "strata-system",
@@ -179,18 +214,31 @@ fn install(cluster: &Cluster) -> Result<()> {
     Ok(())
 }
 
-async fn apply_samples(cluster: &Cluster) -> Result<()> {
-    let namespace = format!(
-        "apiVersion: v1\nkind: Namespace\nmetadata:\n  name: {NAMESPACE}\n  labels:\n    \
-         pod-security.kubernetes.io/enforce: restricted\n"
-    );
-    cluster.apply(&[], &namespace)?;
+async fn apply_samples(cluster: &Cluster, fit: &Fit) -> Result<()> {
+    let namespace = json!({
+        "apiVersion": "v1",
+        "kind": "Namespace",
+        "metadata": {"name": NAMESPACE, "labels": {(LABEL): "true", "pod-security.kubernetes.io/enforce": "restricted"}},
+    });
+    cluster.apply(&[], &namespace.to_string())?;
     if let Cluster::Bed(bed) = cluster {
         for claim in ["raw", "artifacts"] {
             Volume::ensure(bed, &cluster.client().await?, (NAMESPACE, claim), "8Gi").await?;
         }
     }
-    cluster.apply(&["-n", NAMESPACE], &cluster.manifests("config/samples")?)
+    // A Job's template never changes, but its image does. What the last one copied is not copied again.
+    let delete = [
+        "-n",
+        NAMESPACE,
+        "delete",
+        "job",
+        "load-samples",
+        "--ignore-not-found",
+        "--wait",
+    ];
+    command::output(cluster.kubectl().args(delete))?;
+    let manifests = fit.render(cluster.kubectl(), &repository().join("config/samples"))?;
+    cluster.apply(&["-n", NAMESPACE], &manifests)
 }
 
 fn step(number: u8, words: &str) {
@@ -221,7 +269,7 @@ fn next(cluster: &Cluster, elapsed: Duration) {
     }
     shell_line(&format!(
         "  make demo-down{}",
-        if bed { "" } else { " CLUSTER=current REGISTRY=…" }
+        if bed { "" } else { " CLUSTER=current" }
     ));
 }
 

@@ -15,6 +15,9 @@ struct Arguments {
     /// With `--cluster current`: where the images go that it pulls.
     #[arg(long, default_value = "")]
     registry: String,
+    /// With `--cluster current`: the class of the claims; ReadWriteMany where there are several nodes.
+    #[arg(long, default_value = "")]
+    storage_class: String,
     /// Remove all that the demo made, instead.
     #[arg(long)]
     down: bool,
@@ -23,8 +26,8 @@ struct Arguments {
 #[tokio::main]
 async fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let result = match Cluster::from_names(&arguments.cluster, &arguments.registry) {
-        Ok(cluster) if arguments.down => demo::down(&cluster),
+    let result = match Cluster::from_names(&arguments.cluster, &arguments.registry, &arguments.storage_class) {
+        Ok(cluster) if arguments.down => demo::down(&cluster).await,
         Ok(cluster) => demo::run(&cluster).await,
         Err(error) => Err(error),
     };

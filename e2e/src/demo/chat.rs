@@ -8,6 +8,8 @@ use futures::StreamExt as _;
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 
+use crate::bed::network::http;
+
 /// Longest time for one answer.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(180);
 
@@ -66,9 +68,7 @@ impl Forward {
             "model": model, "stream": true, "temperature": 0, "max_tokens": 160,
             "messages": [{"role": "user", "content": question}],
         });
-        let request = reqwest::Client::new()
-            .post(format!("{}/v1/chat/completions", self.url))
-            .json(&body);
+        let request = http()?.post(format!("{}/v1/chat/completions", self.url)).json(&body);
         let response = request.timeout(ANSWER_DEADLINE).send().await?;
         if !response.status().is_success() {
             bail!("the endpoint said {}: {}", response.status(), response.text().await?);

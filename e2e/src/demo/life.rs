@@ -14,6 +14,9 @@ use crate::strata::Kind;
 /// Time between two looks.
 const LOOK: Duration = Duration::from_secs(1);
 
+/// How long the API server may be away: an upgrade of a managed one, or a laptop that was asleep.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 /// The resources of one namespace, as rows.
 #[derive(Clone)]
 pub struct Life {
@@ -38,8 +41,20 @@ impl Life {
     pub async fn watch(&self, deadline: Duration) -> Result<()> {
         let started = Instant::now();
         let mut table = Table::new(std::io::stdout().is_terminal());
+        let mut answered = Instant::now();
         loop {
-            let rows = self.rows().await?;
+            let rows = match self.rows().await {
+                Ok(rows) => rows,
+                Err(_) if answered.elapsed() < PATIENCE => {
+                    tokio::time::sleep(LOOK).await;
+                    continue;
+                }
+                Err(error) => {
+                    let seconds = answered.elapsed().as_secs();
+                    return Err(error.context(format!("the cluster has not answered for {seconds} s")));
+                }
+            };
+            answered = Instant::now();
             table.show(&rows, started.elapsed());
             if let Some(row) = rows.iter().find(|row| row.ready == "False") {
                 bail!("{} needs a person: {}: {}", row.name, row.reason, row.message);

@@ -47,6 +47,16 @@ impl Row {
     }
 }
 
+/// Columns of the terminal; none where it cannot say. Asked at each draw: a person may change it.
+fn columns() -> Option<usize> {
+    // SAFETY: a zeroed winsize is a valid value for the kernel to fill, and it outlives the call.
+    unsafe {
+        let mut size: libc::winsize = std::mem::zeroed();
+        let known = libc::ioctl(libc::STDOUT_FILENO, libc::TIOCGWINSZ, &raw mut size) == 0 && size.ws_col > 0;
+        known.then_some(usize::from(size.ws_col))
+    }
+}
+
 /// What was shown last.
 #[derive(Debug)]
 pub(super) struct Table {
@@ -71,11 +81,15 @@ impl Table {
                 // Up to the first drawn line, and clear from there.
                 super::print_piece(&format!("\x1b[{}F\x1b[J", self.drawn));
             }
-            super::shell_line(&format!(
+            let head = format!(
                 "{:<28} {:<8} {:<20} {:<18} {clock}",
                 "NAME", "READY", "REASON", "PROGRESS"
-            ));
-            rows.iter().for_each(|row| super::shell_line(&row.text()));
+            );
+            // A line that wraps is two lines on the screen, and the next draw would not go up far enough.
+            let width = columns().unwrap_or(usize::MAX);
+            for line in std::iter::once(head).chain(rows.iter().map(Row::text)) {
+                super::shell_line(&line.chars().take(width).collect::<String>());
+            }
             self.drawn = rows.len() + 1;
             return;
         }
