@@ -21,6 +21,16 @@ const FUEL: u64 = 20_000_000;
 /// The largest template accepted, in bytes.
 const MAX_TEMPLATE_BYTES: usize = 1 << 20;
 const NAME: &str = "chat";
+/// For models that bring no template: roles in words that any tokenizer has, and after an answer the token that ends a text,
+/// the one such token that every model knows. Contents are trimmed, so that an opened turn is a prefix of a written one in
+/// tokens too.
+const PLAIN: &str = r"{{- bos_token or '' }}
+{%- for message in messages %}
+{{- (message['role'] | capitalize) + ':\n' + ((message['content'] or '') | trim) }}
+{%- if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}
+{{- '\n\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}";
 
 /// A compiled chat template.
 #[derive(Debug)]
@@ -101,6 +111,11 @@ impl ChatTemplate {
                 eos: eos.map(str::to_owned),
             },
         )
+    }
+
+    /// The template for a model that has none of its own; see [`crate::LoadedModel::plain_template`].
+    pub(crate) fn plain(special: SpecialTexts) -> Result<Self> {
+        Self::new(PLAIN, special)
     }
 
     /// The template's text.

@@ -98,21 +98,21 @@ impl ModelConfig {
                 format!("the norm's epsilon is {}; it must lie between 0 and 1", self.norm_eps),
             ));
         }
-        if let Some(id) = self
-            .bos
-            .iter()
-            .chain(&self.eos)
-            .find(|id| **id as usize >= self.vocab_size)
-        {
-            return Err(ModelError::malformed(
+        self.check_ids(self.bos.iter().chain(&self.eos), path)
+    }
+
+    /// Checks that tokens which a file names are among the model's.
+    pub(crate) fn check_ids<'a>(&self, ids: impl IntoIterator<Item = &'a u32>, path: &Path) -> Result<()> {
+        match ids.into_iter().find(|id| **id as usize >= self.vocab_size) {
+            None => Ok(()),
+            Some(id) => Err(ModelError::malformed(
                 path,
                 format!(
                     "special token id {id} is outside of the vocabulary of {}",
                     self.vocab_size
                 ),
-            ));
+            )),
         }
-        Ok(())
     }
 
     /// Number of parameters; tied embeddings count once.
@@ -219,7 +219,7 @@ impl ModelConfig {
 }
 
 /// The shortest decimal of an `f32`: 1e-5 rather than 9.999999747378752e-6.
-fn decimal(value: f32) -> f64 {
+pub(crate) fn decimal(value: f32) -> f64 {
     value.to_string().parse().unwrap_or(f64::from(value))
 }
 

@@ -56,6 +56,16 @@ impl Dtype {
         }
     }
 
+    /// The largest value that stays finite whatever stands beside it in its block.
+    pub fn largest(self) -> f32 {
+        match self {
+            Dtype::F32 => f32::MAX,
+            Dtype::F16 | Dtype::Q4_0 | Dtype::Q4_1 => f16::MAX.to_f32(),
+            Dtype::BF16 => bf16::MAX.to_f32(),
+            Dtype::Q8_0 => f16::MAX.to_f32() * 127.0,
+        }
+    }
+
     /// Bytes of `elements` elements; `None` if they are no whole number of blocks or the product overflows.
     pub fn size_bytes(self, elements: usize) -> Option<usize> {
         let (count, bytes) = self.block();

@@ -13,7 +13,7 @@ pub enum ModelError {
         /// What the system said.
         source: std::io::Error,
     },
-    /// A folder or file that should be there is not.
+    /// Nothing is there that could be read as a model, or a part of it is absent.
     #[error("{path}: {what} is missing; {remedy}", path = path.display())]
     Missing {
         /// Where it was looked for.
@@ -47,6 +47,14 @@ pub enum ModelError {
         /// The file.
         path: PathBuf,
         /// What is asked for, and what to use instead.
+        what: String,
+    },
+    /// What was asked for cannot be done with this model, and something else can.
+    #[error("{path}: {what}", path = path.display())]
+    InvalidRequest {
+        /// The file or folder.
+        path: PathBuf,
+        /// What stands against it, and what to ask for instead.
         what: String,
     },
     /// A chat template that does not parse or refuses the messages.

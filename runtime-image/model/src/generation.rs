@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::config::ids;
+use crate::config::{decimal, ids};
 use crate::error::Result;
 
 /// Defaults for generation that come with a model.
@@ -45,7 +45,7 @@ impl GenerationConfig {
         }
         for (key, value) in [("temperature", self.temperature), ("top_p", self.top_p)] {
             if let Some(value) = value {
-                object[key] = json!(value);
+                object[key] = json!(decimal(value));
             }
         }
         if let Some(k) = self.top_k {

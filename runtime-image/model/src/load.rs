@@ -10,7 +10,7 @@ use crate::config::ModelConfig;
 use crate::error::{ModelError, Result};
 use crate::generation::GenerationConfig;
 use crate::hf::files;
-use crate::tokenizer::Vocabulary;
+use crate::tokenizer::{SpecialTexts, Vocabulary};
 use crate::weights::Weights;
 use crate::{gguf, hf};
 
@@ -64,6 +64,7 @@ impl LoadedModel {
             }
         };
         let (config, weights, texts) = parts;
+        config.check_ids(&texts.generation.eos, path)?;
         let vocabulary = Vocabulary::from_json(&texts.tokenizer_json)?;
         if vocabulary.size() > config.vocab_size {
             let what = format!(
@@ -85,6 +86,30 @@ impl LoadedModel {
             tokenizer_json: texts.tokenizer_json,
             chat_template,
             generation: texts.generation,
+        })
+    }
+}
+
+impl LoadedModel {
+    /// A template in plain words for this model, if it can end a turn: what [`crate::hf::write`] calls its begin and end
+    /// tokens is what the template writes, so that a published model renders as it was trained.
+    pub fn plain_template(&self) -> Result<ChatTemplate> {
+        let text = |id: Option<u32>| id.and_then(|id| self.vocabulary.tokenizer().id_to_token(id));
+        let eos = self.generation.eos.first().or(self.config.eos.first()).copied();
+        // Any other token would be written as text, which a user could write as well.
+        let Some(eos) = text(eos.filter(|id| self.vocabulary.is_special(*id))) else {
+            return Err(ModelError::InvalidRequest {
+                path: self.path.clone(),
+                what:
+                    "it has no chat template, and names no special token that ends a text, so conversations cannot be \
+                       rendered: use an instruction-tuned model, or name the token as eos_token_id in \
+                       generation_config.json"
+                        .to_owned(),
+            });
+        };
+        ChatTemplate::plain(SpecialTexts {
+            bos: text(self.config.bos),
+            eos: Some(eos),
         })
     }
 }
@@ -117,10 +142,9 @@ fn find(path: &Path) -> Result<Found> {
             "config.json or a .gguf file",
             "point to a Hugging Face folder or a GGUF file",
         )),
-        many => Err(ModelError::missing(
-            path,
-            "a choice",
-            format!("the folder has {} .gguf files: name one of them", many.len()),
-        )),
+        many => Err(ModelError::InvalidRequest {
+            path: path.to_owned(),
+            what: format!("the folder has {} .gguf files: name one of them", many.len()),
+        }),
     }
 }

@@ -3,7 +3,6 @@
 
 use serde_json::{Map, Value, json};
 
-use std::borrow::Cow;
 use std::collections::HashMap;
 use std::path::Path;
 
@@ -40,25 +39,33 @@ pub fn tiny_config() -> ModelConfig {
 #[derive(Clone, Debug, Default)]
 pub struct MemoryWeights(pub HashMap<String, (Vec<usize>, Vec<f32>)>);
 
+impl MemoryWeights {
+    fn find(&self, name: &str) -> Result<&(Vec<usize>, Vec<f32>)> {
+        let found = self.0.get(name);
+        found.ok_or_else(|| ModelError::malformed(Path::new("memory"), format!("tensor {name} is missing")))
+    }
+}
+
 impl Weights for MemoryWeights {
     fn shape(&self, name: &str) -> Option<Vec<usize>> {
         self.0.get(name).map(|(shape, _)| shape.clone())
     }
 
     fn raw(&self, name: &str) -> Result<RawTensor<'_>> {
-        let (shape, values) = self
-            .0
-            .get(name)
-            .ok_or_else(|| ModelError::malformed(Path::new("memory"), format!("tensor {name} is missing")))?;
-        let mut bytes = Vec::new();
-        Dtype::F32
-            .from_f32(values, &mut bytes)
-            .expect("floats can be stored as floats");
+        let (shape, values) = self.find(name)?;
         Ok(RawTensor {
             dtype: Dtype::F32,
             shape: shape.clone(),
-            bytes: Cow::Owned(bytes),
+            bytes: values.iter().flat_map(|value| value.to_le_bytes()).collect(),
         })
+    }
+
+    fn dtype(&self, name: &str) -> Result<Dtype> {
+        self.find(name).map(|_| Dtype::F32)
+    }
+
+    fn f32(&self, name: &str) -> Result<Vec<f32>> {
+        self.find(name).map(|(_, values)| values.clone())
     }
 }
 

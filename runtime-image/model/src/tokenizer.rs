@@ -123,7 +123,8 @@ impl Vocabulary {
             .collect())
     }
 
-    /// The ids of a rendered chat: special tokens where the template wrote them, plain text where a user did.
+    /// The ids of a rendered chat: special tokens where the template wrote them, plain text where a user did. Other added
+    /// tokens (`<think>`, say) are what they are without a mark, wherever they stand.
     pub fn encode_rendered(&self, rendered: &Rendered) -> Result<Vec<u32>> {
         let Some(mark) = rendered.mark() else {
             return self.encode(rendered.marked_text(), false);
@@ -136,14 +137,15 @@ impl Vocabulary {
         let mut ids = Vec::new();
         let mut plain_from = 0;
         for (_, (start, end), tokens) in pieces.get_splits(OffsetReferential::Original, OffsetType::Byte) {
-            if let Some(special) = tokens
+            // Pieces of plain text have no tokens yet.
+            if let Some(added) = tokens
                 .iter()
                 .flatten()
-                .map(|token| token.id)
-                .find(|id| self.is_special(*id))
+                .next()
+                .filter(|_| !text[start..end].contains(mark))
             {
                 ids.extend(self.encode_literal(&text[plain_from..start].replace(mark, ""))?);
-                ids.push(special);
+                ids.push(added.id);
                 plain_from = end;
             }
         }

@@ -32,7 +32,12 @@ pub trait Weights: Send + Sync {
     /// The tensor as it is stored.
     fn raw(&self, name: &str) -> Result<RawTensor<'_>>;
 
-    /// The tensor converted to floats.
+    /// How the tensor is stored, without reading it where that can be told.
+    fn dtype(&self, name: &str) -> Result<Dtype> {
+        Ok(self.raw(name)?.dtype)
+    }
+
+    /// The tensor converted to floats. Who holds floats gives them out without the way through bytes.
     fn f32(&self, name: &str) -> Result<Vec<f32>> {
         let raw = self.raw(name)?;
         let mut out = vec![0.0; raw.shape.iter().product()];

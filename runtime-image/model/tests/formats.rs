@@ -8,38 +8,61 @@
 use std::path::Path;
 
 use proptest::prelude::*;
-use serde_json::json;
+use serde_json::{Map, Value, json};
 use strata_model::synthetic::{CHAT_TEMPLATE, byte_tokenizer, tiny_config, weights};
 use strata_model::{
-    Dtype, GenerationConfig, LoadedModel, MemoryWeights, ModelConfig, ModelError, Weights, gguf, hf, tensors,
+    ChatTemplate, Dtype, GenerationConfig, LoadedModel, MemoryWeights, ModelConfig, ModelError, Vocabulary, Weights,
+    gguf, hf, tensors,
 };
 
-fn write_gguf(path: &Path, config: &ModelConfig, weights: &MemoryWeights, dtype: Dtype) {
-    let tokenizer = gguf::Tokenizer {
-        json: &byte_tokenizer(),
+fn write_gguf_with(
+    path: &Path,
+    config: &ModelConfig,
+    weights: &MemoryWeights,
+    tokenizer_json: &Value,
+    dtype: Dtype,
+) -> strata_model::Result<()> {
+    let texts = gguf::Texts {
+        tokenizer_json,
         chat_template: Some(CHAT_TEMPLATE),
+        generation: &generation(config),
     };
-    gguf::write(path, "tiny", config, weights, tokenizer, dtype).unwrap();
+    gguf::write(path, "tiny", config, weights, texts, dtype)
+}
+
+fn write_gguf(path: &Path, config: &ModelConfig, weights: &MemoryWeights, dtype: Dtype) {
+    write_gguf_with(path, config, weights, &byte_tokenizer(), dtype).unwrap();
+}
+
+fn generation(config: &ModelConfig) -> GenerationConfig {
+    GenerationConfig {
+        eos: config.eos.clone(),
+        ..GenerationConfig::default()
+    }
 }
 
 fn write_folder(path: &Path, config: &ModelConfig, weights: &MemoryWeights, dtype: Dtype) {
-    let generation = GenerationConfig {
-        eos: config.eos.clone(),
-        ..GenerationConfig::default()
+    let folder = hf::Folder {
+        config,
+        weights,
+        dtype,
+        tokenizer_json: &byte_tokenizer(),
+        chat_template: Some(CHAT_TEMPLATE),
+        generation: &generation(config),
     };
-    let tokenizer_json = &byte_tokenizer();
-    hf::write(
-        path,
-        &hf::Folder {
-            config,
-            weights,
-            dtype,
-            tokenizer_json,
-            chat_template: Some(CHAT_TEMPLATE),
-            generation: &generation,
-        },
-    )
-    .unwrap();
+    hf::write(path, &folder).unwrap();
+}
+
+/// Writes `new` over the only place of `old` in the file.
+fn patch(path: &Path, old: &[u8], skip: usize, new: &[u8]) {
+    let mut bytes = std::fs::read(path).unwrap();
+    let places: Vec<usize> = (0..bytes.len() - old.len())
+        .filter(|at| bytes[*at..].starts_with(old))
+        .collect();
+    assert_eq!(places.len(), 1, "{:?}", String::from_utf8_lossy(old));
+    let at = places[0] + skip;
+    bytes[at..at + new.len()].copy_from_slice(new);
+    std::fs::write(path, bytes).unwrap();
 }
 
 /// The largest difference of an element, as a share of the largest element of its row.
@@ -141,16 +164,197 @@ fn an_unknown_gguf_architecture_is_a_typed_error_with_the_known_ones() {
     let file = dir.path().join("a.gguf");
     let config = tiny_config();
     write_gguf(&file, &config, &weights(&config, 1), Dtype::F32);
-    let mut bytes = std::fs::read(&file).unwrap();
-    let at = bytes.windows(5).position(|window| window == b"llama").unwrap();
-    bytes[at..at + 5].copy_from_slice(b"mamba");
-    std::fs::write(&file, bytes).unwrap();
+
+    // As in a Q4_K_M file: a matrix that is needed has a type that is known to GGUF alone. After a name come the number of
+    // dimensions, two sizes and the type.
+    let name = b"blk.1.attn_q.weight";
+    patch(&file, name, name.len() + 4 + 16, &12u32.to_le_bytes());
+    match LoadedModel::open(&file).unwrap_err() {
+        ModelError::Unsupported { what, .. } => assert!(
+            what.starts_with("tensor model.layers.1.self_attn.q_proj.weight: element type Q4_K is not supported; F32,"),
+            "{what}"
+        ),
+        other => panic!("{other}"),
+    }
+    // The architecture is what no other file of this model cures: it is named first.
+    patch(&file, b"general.architecture", 20 + 4 + 8, b"mamba");
     match LoadedModel::open(&file).unwrap_err() {
         ModelError::UnknownArchitecture { found, known, .. } => {
             assert_eq!((found.as_str(), known.as_str()), ("mamba", "llama"))
         }
         other => panic!("{other}"),
     }
+}
+
+#[test]
+fn another_version_or_byte_order_of_gguf_is_unsupported_and_not_damaged() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("a.gguf");
+    for version in [1u32.to_le_bytes(), 4u32.to_le_bytes(), 3u32.to_be_bytes()] {
+        std::fs::write(&file, [b"GGUF".as_slice(), &version, &[0; 64]].concat()).unwrap();
+        let error = LoadedModel::open(&file).unwrap_err();
+        assert!(matches!(error, ModelError::Unsupported { .. }), "{error}");
+    }
+}
+
+#[test]
+fn a_folder_without_a_model_and_one_with_two_are_told_apart() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = tiny_config();
+    let open = || LoadedModel::open(dir.path()).unwrap_err();
+    assert!(matches!(open(), ModelError::Missing { .. }), "{}", open());
+    for name in ["a.gguf", "b.gguf"] {
+        write_gguf(&dir.path().join(name), &config, &weights(&config, 1), Dtype::F32);
+    }
+    assert!(matches!(open(), ModelError::InvalidRequest { .. }), "{}", open());
+    assert!(open().to_string().contains("has 2 .gguf files: name one of them"));
+
+    write_folder(dir.path(), &config, &weights(&config, 1), Dtype::F32);
+    std::fs::remove_file(dir.path().join("model.safetensors")).unwrap();
+    assert!(matches!(open(), ModelError::Missing { .. }), "{}", open());
+}
+
+#[test]
+fn an_end_token_that_the_model_does_not_have_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = tiny_config();
+    write_folder(dir.path(), &config, &weights(&config, 1), Dtype::F32);
+    let file = dir.path().join("generation_config.json");
+    std::fs::write(&file, json!({"eos_token_id": [258, 259]}).to_string()).unwrap();
+    let error = LoadedModel::open(dir.path()).unwrap_err();
+    assert!(matches!(error, ModelError::Malformed { .. }), "{error}");
+    assert!(error.to_string().contains("token id 259 is outside"), "{error}");
+}
+
+#[test]
+fn a_tokenizer_that_gguf_cannot_say_is_not_passed_off_as_another() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = tiny_config();
+    let file = dir.path().join("a.gguf");
+    let mut sentence_piece = byte_tokenizer();
+    sentence_piece["normalizer"] = json!({"type": "Prepend", "prepend": "x"});
+    sentence_piece["pre_tokenizer"] = Value::Null;
+    let mut lower_case = byte_tokenizer();
+    lower_case["normalizer"] = json!({"type": "Lowercase"});
+    let mut other_split = byte_tokenizer();
+    other_split["pre_tokenizer"] = json!({"type": "Whitespace"});
+    for tokenizer in [sentence_piece, lower_case, other_split] {
+        write_gguf_with(&file, &config, &weights(&config, 1), &tokenizer, Dtype::F32).unwrap();
+        let written = gguf::Gguf::open(&file).unwrap();
+        assert_eq!(written.string("tokenizer.ggml.model"), Some("none"));
+        assert_eq!(LoadedModel::open(&file).unwrap().tokenizer_json, tokenizer);
+    }
+
+    // A file of somebody else's has no whole tokenizer; one that does not name the split either could be read as anything.
+    write_gguf(&file, &config, &weights(&config, 1), Dtype::F32);
+    assert_eq!(
+        gguf::Gguf::open(&file).unwrap().string("tokenizer.ggml.pre"),
+        Some("gpt-2")
+    );
+    patch(&file, b"tokenizer.huggingface.json", 0, b"tokenizer.somebody");
+    LoadedModel::open(&file).unwrap();
+    patch(&file, b"tokenizer.ggml.pre", 0, b"tokenizer.ggml.not");
+    let error = LoadedModel::open(&file).unwrap_err();
+    assert!(matches!(error, ModelError::Unsupported { .. }), "{error}");
+    assert!(
+        error.to_string().contains("pre-tokenizer \"default\" is not known"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_value_that_the_format_cannot_hold_is_refused_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = tiny_config();
+    let file = dir.path().join("a.gguf");
+    let write = |value: f32, dtype: Dtype| {
+        let mut weights = weights(&config, 1);
+        weights.0.get_mut("lm_head.weight").unwrap().1[7] = value;
+        write_gguf_with(&file, &config, &weights, &byte_tokenizer(), dtype)
+    };
+    write(65504.0, Dtype::F16).unwrap();
+    let error = write(-70_000.0, Dtype::F16).unwrap_err();
+    assert!(matches!(error, ModelError::InvalidRequest { .. }), "{error}");
+    assert!(
+        error
+            .to_string()
+            .contains("tensor lm_head.weight has the value -70000, and F16 ends at 65504"),
+        "{error}"
+    );
+    write(-70_000.0, Dtype::Q8_0).unwrap();
+    assert!(matches!(
+        write(1e8, Dtype::Q8_0),
+        Err(ModelError::InvalidRequest { .. })
+    ));
+    assert!(matches!(
+        write(f32::NAN, Dtype::Q8_0),
+        Err(ModelError::Malformed { .. })
+    ));
+}
+
+fn ids(template: &ChatTemplate, vocabulary: &Vocabulary, messages: &Value, opens_turn: bool) -> Vec<u32> {
+    let messages = messages.as_array().unwrap();
+    let rendered = template
+        .render(vocabulary, messages, None, opens_turn, &Map::new())
+        .unwrap();
+    vocabulary.encode_rendered(&rendered).unwrap()
+}
+
+#[test]
+fn a_quoted_special_token_changes_no_other_token_of_the_template() {
+    let mut json = byte_tokenizer();
+    let think = json!({"id": 259, "content": "<think>", "single_word": false, "lstrip": false, "rstrip": false,
+        "normalized": false, "special": false});
+    json["added_tokens"].as_array_mut().unwrap().push(think);
+    let vocabulary = Vocabulary::from_json(&json).unwrap();
+    let template = ChatTemplate::from_source("{{ messages[0].content }}<|im_end|><think>", None, None).unwrap();
+    assert_eq!(
+        ids(&template, &vocabulary, &json!([{"content": "a"}]), false),
+        [97, 258, 259]
+    );
+    let quoted = ids(&template, &vocabulary, &json!([{"content": "<|im_end|>"}]), false);
+    let text: Vec<u32> = "<|im_end|>".bytes().map(u32::from).collect();
+    assert_eq!(quoted, [text.as_slice(), &[258, 259]].concat());
+}
+
+#[test]
+fn a_model_without_a_template_speaks_in_words_and_only_the_template_ends_a_turn() {
+    let dir = tempfile::tempdir().unwrap();
+    // As the pretrain stage publishes it: one token opens and ends a text.
+    let config = ModelConfig {
+        bos: Some(256),
+        eos: vec![256],
+        ..tiny_config()
+    };
+    write_folder(dir.path(), &config, &weights(&config, 1), Dtype::F32);
+    std::fs::remove_file(dir.path().join("chat_template.jinja")).unwrap();
+    let model = LoadedModel::open(dir.path()).unwrap();
+    let (template, vocabulary) = (model.plain_template().unwrap(), &model.vocabulary);
+    let asked = json!([{"role": "user", "content": " Is <|endoftext|> the end?\n"}]);
+    let answered = json!([asked[0], {"role": "assistant", "content": "\nYes."}]);
+    let prompt = ids(&template, vocabulary, &asked, true);
+    let whole = ids(&template, vocabulary, &answered, false);
+    let bytes = |text: &str| text.bytes().map(u32::from).collect::<Vec<u32>>();
+    let question = bytes("User:\nIs <|endoftext|> the end?\n\nAssistant:\n");
+    assert_eq!(prompt, [&[256], question.as_slice()].concat());
+    assert_eq!(
+        whole,
+        [prompt.as_slice(), &bytes("Yes."), &[256], &bytes("\n\n")].concat()
+    );
+
+    // What is published with the template renders alike, with the names that the published folder gives its tokens.
+    std::fs::write(dir.path().join("chat_template.jinja"), template.source()).unwrap();
+    let published = LoadedModel::open(dir.path()).unwrap().chat_template.unwrap();
+    assert_eq!(ids(&published, vocabulary, &answered, false), whole);
+
+    // Without a special token that ends a text, an answer's end would be text like any other.
+    std::fs::write(
+        dir.path().join("generation_config.json"),
+        json!({"eos_token_id": 10}).to_string(),
+    )
+    .unwrap();
+    let error = LoadedModel::open(dir.path()).unwrap().plain_template().unwrap_err();
+    assert!(matches!(error, ModelError::InvalidRequest { .. }), "{error}");
 }
 
 #[test]

@@ -10,7 +10,7 @@
 use std::collections::BTreeMap;
 
 use strata_artifact::{Attempt, Draft, Opened, RunFolder, Verify, open};
-use strata_contract::{ArtifactKind, QuantizationFormat, QuantizeConfig, Report};
+use strata_contract::{ArtifactKind, FailureReason, QuantizationFormat, QuantizeConfig, Report};
 use strata_evaluate::{EVALUATION_FILE, EvaluateError, EvaluationSet, LanguageModel};
 use strata_kernels::infer::KvDtype;
 use strata_model::hf::files;
@@ -35,6 +35,7 @@ pub fn run(config: &QuantizeConfig, context: &StageContext) -> Result<Report, St
     context.progress.add(1);
     let (set, mut metrics) = evaluate(&attempt, &opened, &source.config, context)?;
     metrics.extend(losses(&opened, &metrics));
+    check_finite(&metrics)?;
     if let Some(set) = set {
         write_evaluation(&attempt, &set, &metrics, &context.run.resource.name)?;
     }
@@ -73,17 +74,13 @@ fn dtype(format: QuantizationFormat) -> Dtype {
 
 /// Writes the file, and beside it the tokenizer and template for those who want them without reading GGUF.
 fn write(attempt: &Attempt, source: &LoadedModel, format: QuantizationFormat, name: &str) -> Result<(), StageError> {
-    // A GGUF file names end tokens once: those of generation, where the two lists of an HF folder differ.
-    let config = ModelConfig {
-        eos: source.generation.eos.clone(),
-        ..source.config.clone()
-    };
-    let tokenizer = gguf::Tokenizer {
-        json: &source.tokenizer_json,
+    let texts = gguf::Texts {
+        tokenizer_json: &source.tokenizer_json,
         chat_template: source.chat_template.as_ref().map(|template| template.source()),
+        generation: &source.generation,
     };
     let path = attempt.place(MODEL_FILE)?;
-    gguf::write(&path, name, &config, &*source.weights, tokenizer, dtype(format)).map_err(writing_error)?;
+    gguf::write(&path, name, &source.config, &*source.weights, texts, dtype(format)).map_err(writing_error)?;
     attempt.adopt(MODEL_FILE)?;
     attempt.write(files::TOKENIZER, source.tokenizer_json.to_string().as_bytes())?;
     if let Some(template) = &source.chat_template {
@@ -104,7 +101,7 @@ fn evaluate(
     }
     let set = EvaluationSet::read(&opened.file(EVALUATION_FILE)?, config.vocab_size).map_err(evaluate_error)?;
     let written = LoadedModel::open(&attempt.place(MODEL_FILE)?).map_err(model_error)?;
-    let scorer = Scorer::new(&written, Precision::Stored, KvDtype::F16, written.config.max_positions);
+    let scorer = Scorer::new(&written, Precision::Stored, KvDtype::F16, longest(&set));
     let mut model = Served(scorer.map_err(model_error)?);
     context
         .progress
@@ -114,6 +111,31 @@ fn evaluate(
         !context.interrupt.is_set()
     });
     Ok((Some(set), measured.map_err(evaluate_error)?))
+}
+
+/// Tokens of the longest text that is scored. A model may have positions for millions, each with a place in the engine's cache.
+fn longest(set: &EvaluationSet) -> usize {
+    let windows = set.text.iter().flat_map(|text| &text.windows);
+    let pairs = set.preferences.iter().flat_map(|preferences| &preferences.pairs);
+    windows
+        .map(|window| window.tokens.len())
+        .chain(pairs.map(|pair| pair.prompt.len() + pair.chosen.len().max(pair.rejected.len())))
+        .max()
+        .unwrap_or(1)
+}
+
+/// No gate can judge what is not a number, and no manifest can hold it.
+fn check_finite(metrics: &BTreeMap<String, f64>) -> Result<(), StageError> {
+    match metrics.iter().find(|(_, value)| !value.is_finite()) {
+        None => Ok(()),
+        Some((name, value)) => Err(StageError::new(
+            FailureReason::GateFailed,
+            format!(
+                "gate failed: {name} is {value} on the written file, so it would answer nonsense: the model's values are \
+                 too large to be computed with; train or align it again with a lower learning rate"
+            ),
+        )),
+    }
 }
 
 /// What the form before had better, for the figures that both have.
@@ -136,5 +158,35 @@ impl LanguageModel for Served {
                 tokens: tokens.len(),
                 detail: error.to_string(),
             })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use strata_evaluate::{Pair, Preferences, TextSet};
+
+    use super::*;
+
+    #[test]
+    fn the_scorer_has_room_for_the_longest_text_and_no_more() {
+        let mut set = EvaluationSet::new(9);
+        assert_eq!(longest(&set), 1);
+        let mut text = TextSet::default();
+        text.push(&[1; 7], 0, 32, |_| 1);
+        let window = text.windows[0].tokens.len();
+        set.text = Some(text);
+        assert_eq!(longest(&set), window);
+        let pair = |rejected: usize| Pair {
+            prompt: vec![1; 5],
+            chosen: vec![2; 3],
+            rejected: vec![3; rejected],
+            reference_chosen: 0.0,
+            reference_rejected: 0.0,
+        };
+        set.preferences = Some(Preferences {
+            beta: 0.1,
+            pairs: vec![pair(20), pair(4)],
+        });
+        assert_eq!(longest(&set), 25);
     }
 }

@@ -14,7 +14,7 @@ use strata_contract::{
 };
 use strata_evaluate::{EvaluationSet, Pair, Preferences, TextSet, score_text};
 use strata_model::synthetic::{CHAT_TEMPLATE, byte_tokenizer, tiny_config, weights};
-use strata_model::{Dtype, GenerationConfig, LoadedModel, Weights, gguf, hf};
+use strata_model::{Dtype, GenerationConfig, LoadedModel, MemoryWeights, Weights, gguf, hf};
 use strata_stage::{StageContext, StageError};
 
 fn uri(path: &Path) -> Uri {
@@ -29,19 +29,30 @@ fn resource() -> Resource {
     }
 }
 
+/// More than GGUF's own keys can say.
+fn generation() -> GenerationConfig {
+    GenerationConfig {
+        eos: vec![258, 256, 257],
+        temperature: Some(0.6),
+        top_p: Some(0.9),
+        top_k: Some(40),
+    }
+}
+
 /// Publishes a model as the training stages do; returns its input.
 fn publish_model(folder: &Path) -> Input {
+    publish_weights(folder, &weights(&tiny_config(), 5))
+}
+
+fn publish_weights(folder: &Path, weights: &MemoryWeights) -> Input {
     let run = RunFolder::new(&uri(folder), folder);
     let attempt = run.attempt("a1").unwrap();
     let config = tiny_config();
-    let generation = GenerationConfig {
-        eos: vec![258, 256],
-        ..GenerationConfig::default()
-    };
+    let generation = generation();
     let place = attempt.place(hf::files::CONFIG).unwrap();
     let files = hf::Folder {
         config: &config,
-        weights: &weights(&config, 5),
+        weights,
         dtype: Dtype::F32,
         tokenizer_json: &byte_tokenizer(),
         chat_template: Some(CHAT_TEMPLATE),
@@ -105,6 +116,16 @@ fn publish_model(folder: &Path) -> Input {
     }
 }
 
+fn input(path: &Path) -> Input {
+    Input {
+        name: "model".into(),
+        uri: uri(path),
+        digest: None,
+        bytes: None,
+        resource: None,
+    }
+}
+
 fn context(output: &Path) -> StageContext {
     StageContext {
         run: Run {
@@ -161,8 +182,8 @@ fn the_published_file_is_the_model_and_was_measured_as_it_is_served() {
         let content = output.join(&manifest.publication.content_path);
         let read = LoadedModel::open(&content).unwrap();
         assert_eq!(
-            (read.generation.eos.as_slice(), read.chat_template.unwrap().source()),
-            ([258, 256].as_slice(), CHAT_TEMPLATE)
+            (read.generation, read.chat_template.unwrap().source()),
+            (generation(), CHAT_TEMPLATE)
         );
         let (a, b) = (
             weights(&tiny_config(), 5).f32("lm_head.weight").unwrap(),
@@ -208,18 +229,13 @@ fn a_gate_that_says_no_or_was_not_measured_publishes_nothing() {
     // A plain GGUF file has no evaluation set: fine without gates, a failed gate with one.
     let file = dir.path().join("plain.gguf");
     let config = tiny_config();
-    let tokenizer = gguf::Tokenizer {
-        json: &byte_tokenizer(),
+    let texts = gguf::Texts {
+        tokenizer_json: &byte_tokenizer(),
         chat_template: None,
+        generation: &generation(),
     };
-    gguf::write(&file, "plain", &config, &weights(&config, 1), tokenizer, Dtype::F16).unwrap();
-    let plain = Input {
-        name: "model".into(),
-        uri: uri(&file),
-        digest: None,
-        bytes: None,
-        resource: None,
-    };
+    gguf::write(&file, "plain", &config, &weights(&config, 1), texts, Dtype::F16).unwrap();
+    let plain = input(&file);
     quantize(
         plain.clone(),
         &dir.path().join("plain"),
@@ -259,17 +275,34 @@ fn a_stop_and_a_damaged_model_end_with_their_reasons() {
 
     let file = dir.path().join("broken.gguf");
     std::fs::write(&file, b"GGUF\x03\0\0\0").unwrap();
-    let broken = Input {
-        name: "model".into(),
-        uri: uri(&file),
-        digest: None,
-        bytes: None,
-        resource: None,
+    let reason = |input: Input| {
+        let error = quantize(input, &dir.path().join("b"), QuantizationFormat::F16, Vec::new()).unwrap_err();
+        error.reason
     };
-    assert_eq!(
-        quantize(broken, &dir.path().join("b"), QuantizationFormat::F16, Vec::new())
-            .unwrap_err()
-            .reason,
-        FailureReason::InputCorrupt
-    );
+    assert_eq!(reason(input(&file)), FailureReason::InputCorrupt);
+    std::fs::write(&file, [b"GGUF\x01\0\0\0".as_slice(), &[0; 64]].concat()).unwrap();
+    assert_eq!(reason(input(&file)), FailureReason::ArchitectureUnsupported);
+
+    // A folder from which nobody can know what to take.
+    let folder = dir.path().join("folder");
+    std::fs::create_dir(&folder).unwrap();
+    std::fs::write(folder.join("README.md"), "no model").unwrap();
+    assert_eq!(reason(input(&folder)), FailureReason::InputNotFound);
+    for name in ["a.gguf", "b.gguf"] {
+        std::fs::write(folder.join(name), b"GGUF").unwrap();
+    }
+    assert_eq!(reason(input(&folder)), FailureReason::ConfigInvalid);
+}
+
+#[test]
+fn a_model_that_computes_no_numbers_fails_its_gate_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut huge = weights(&tiny_config(), 5);
+    huge.0.get_mut("model.norm.weight").unwrap().1.fill(3e38);
+    let model = publish_weights(&dir.path().join("model"), &huge);
+    let output = dir.path().join("out");
+    let error = quantize(model, &output, QuantizationFormat::Q8_0, Vec::new()).unwrap_err();
+    assert_eq!(error.reason, FailureReason::GateFailed);
+    assert!(error.message.contains("bitsPerByte is"), "{}", error.message);
+    assert!(RunFolder::new(&uri(&output), &output).published().unwrap().is_none());
 }

@@ -161,13 +161,12 @@ pub fn model_error(error: ModelError) -> StageError {
     let reason = match &error {
         ModelError::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => FailureReason::InputNotFound,
         ModelError::Io { .. } => FailureReason::InputUnreadable,
-        ModelError::Missing { .. } | ModelError::Malformed { .. } | ModelError::Tokenizer(_) => {
-            FailureReason::InputCorrupt
-        }
+        ModelError::Missing { .. } => FailureReason::InputNotFound,
+        ModelError::Malformed { .. } | ModelError::Tokenizer(_) => FailureReason::InputCorrupt,
         ModelError::UnknownArchitecture { .. } | ModelError::Unsupported { .. } => {
             FailureReason::ArchitectureUnsupported
         }
-        ModelError::Template(_) => FailureReason::ConfigInvalid,
+        ModelError::InvalidRequest { .. } | ModelError::Template(_) => FailureReason::ConfigInvalid,
     };
     StageError::new(reason, error.to_string())
 }

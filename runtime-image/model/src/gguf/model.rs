@@ -5,9 +5,11 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::parse::Gguf;
+use super::GENERATION;
+use super::parse::{Gguf, TensorInfo};
 use super::tokenizer::tokenizer_json;
 use crate::config::ModelConfig;
+use crate::dtype::Dtype;
 use crate::error::{ModelError, Result};
 use crate::family::{Family, gguf_interleaved_head_dim, gguf_row_to_hf, tensors};
 use crate::generation::GenerationConfig;
@@ -43,6 +45,9 @@ pub fn open(path: &Path) -> Result<GgufModel> {
         .collect();
     let model = GgufModel { file, config, names };
     check_tensors(&model, &model.config, path)?;
+    for tensor in tensors(&model.config) {
+        model.dtype(&tensor.name)?;
+    }
     Ok(model)
 }
 
@@ -55,17 +60,29 @@ pub(crate) fn open_all(path: &Path) -> Result<Opened> {
         bos: text(model.config.bos),
         eos: text(model.config.eos.first().copied()),
     };
+    let generation = generation(&model)?;
     Ok(Opened {
         config: model.config.clone(),
         tokenizer_json,
         chat_template: model.file.string("tokenizer.chat_template").map(str::to_owned),
-        generation: GenerationConfig {
-            eos: model.config.eos.clone(),
-            ..GenerationConfig::default()
-        },
+        generation,
         special,
         weights: Arc::new(model),
     })
+}
+
+/// The defaults that [`super::write`] put there whole, or what GGUF's own keys say: at most two tokens that end a text.
+fn generation(model: &GgufModel) -> Result<GenerationConfig> {
+    let Some(text) = model.file.string(GENERATION) else {
+        return Ok(GenerationConfig {
+            eos: model.config.eos.clone(),
+            ..GenerationConfig::default()
+        });
+    };
+    let path = model.file.path();
+    let json = serde_json::from_str(text)
+        .map_err(|error| ModelError::malformed(path, format!("metadata {GENERATION}: {error}")))?;
+    GenerationConfig::from_hf(&json, path)
 }
 
 impl GgufModel {
@@ -78,6 +95,11 @@ impl GgufModel {
     pub fn file(&self) -> &Gguf {
         &self.file
     }
+
+    fn tensor(&self, name: &str) -> Result<&TensorInfo> {
+        let info = self.names.get(name).and_then(|name| self.file.tensor(name));
+        info.ok_or_else(|| ModelError::malformed(self.file.path(), format!("tensor {name} is missing")))
+    }
 }
 
 impl Weights for GgufModel {
@@ -85,16 +107,20 @@ impl Weights for GgufModel {
         Some(self.file.tensor(self.names.get(name)?)?.shape.clone())
     }
 
+    fn dtype(&self, name: &str) -> Result<Dtype> {
+        let dtype = self.tensor(name)?.dtype();
+        dtype.map_err(|what| ModelError::unsupported(self.file.path(), format!("tensor {name}: {what}")))
+    }
+
     fn raw(&self, name: &str) -> Result<RawTensor<'_>> {
-        let info = self.names.get(name).and_then(|name| self.file.tensor(name));
-        let info = info.ok_or_else(|| ModelError::malformed(self.file.path(), format!("tensor {name} is missing")))?;
+        let (info, dtype) = (self.tensor(name)?, self.dtype(name)?);
         let stored = self.file.tensor_bytes(info);
         let bytes = match gguf_interleaved_head_dim(&self.config, name) {
             None => Cow::Borrowed(stored),
             Some(head_dim) => Cow::Owned(undo_interleaving(stored, info.shape[0], head_dim)),
         };
         Ok(RawTensor {
-            dtype: info.dtype,
+            dtype,
             shape: info.shape.clone(),
             bytes,
         })

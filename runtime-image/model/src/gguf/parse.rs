@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use super::{ALIGNMENT, DTYPES, MAGIC};
+use super::{ALIGNMENT, DTYPES, MAGIC, OTHER_DTYPES};
 use crate::dtype::Dtype;
 use crate::error::{ModelError, Result};
 use crate::weights::Mapped;
@@ -45,10 +45,27 @@ pub struct Array {
 pub struct TensorInfo {
     /// Sizes, the slowest first (GGUF writes the fastest first).
     pub shape: Vec<usize>,
-    /// How the elements are stored.
-    pub dtype: Dtype,
-    /// Where they stand in the file.
-    pub(crate) bytes: Range<usize>,
+    /// GGUF's number of the element type: a file may hold tensors that nobody asks for, in types that this engine lacks.
+    kind: u32,
+    /// Where the elements stand in the file; empty for a type whose size is unknown here.
+    bytes: Range<usize>,
+}
+
+impl TensorInfo {
+    /// How the elements are stored; if this engine does not read that, what it is and what would be read.
+    pub fn dtype(&self) -> std::result::Result<Dtype, String> {
+        dtype(self.kind).ok_or_else(|| {
+            let name = OTHER_DTYPES.iter().find(|(number, _)| *number == self.kind);
+            let name = name.map_or_else(|| format!("number {}", self.kind), |(_, name)| (*name).to_owned());
+            let known = DTYPES.map(|(_, dtype)| dtype.name()).join(", ");
+            format!("element type {name} is not supported; {known} are: use a file in one of them")
+        })
+    }
+}
+
+fn dtype(kind: u32) -> Option<Dtype> {
+    let found = DTYPES.iter().find(|(number, _)| *number == kind);
+    found.map(|(_, dtype)| *dtype)
 }
 
 /// An opened GGUF file.
@@ -64,6 +81,13 @@ impl Gguf {
     /// Maps and checks the file at `path`.
     pub fn open(path: &Path) -> Result<Self> {
         let file = Mapped::open(path)?;
+        if let Some(version) = other_version(file.bytes()) {
+            let what = format!(
+                "GGUF version {version} is not supported (2 and 3 are), and big-endian files are not: write it anew with \
+                 today's llama.cpp"
+            );
+            return Err(ModelError::unsupported(path, what));
+        }
         let (metadata, tensors) = parse(file.bytes()).map_err(|what| ModelError::malformed(path, what))?;
         Ok(Gguf {
             path: path.to_owned(),
@@ -162,6 +186,14 @@ impl Gguf {
     }
 }
 
+/// The version of a GGUF file that is none of those read here. In a big-endian file it looks huge.
+fn other_version(bytes: &[u8]) -> Option<u32> {
+    let mut cursor = Cursor { bytes, at: 0 };
+    let magic = cursor.take(4).ok()?;
+    let version = cursor.u32().ok()?;
+    (magic == MAGIC && !(2..=3).contains(&version)).then_some(version)
+}
+
 type Parsed<T> = std::result::Result<T, String>;
 
 fn parse(bytes: &[u8]) -> Parsed<(HashMap<String, Value>, HashMap<String, TensorInfo>)> {
@@ -169,12 +201,7 @@ fn parse(bytes: &[u8]) -> Parsed<(HashMap<String, Value>, HashMap<String, Tensor
     if cursor.take(4)? != MAGIC {
         return Err("this is no GGUF file (it does not begin with \"GGUF\")".to_owned());
     }
-    let version = cursor.u32()?;
-    if !(2..=3).contains(&version) {
-        return Err(format!(
-            "GGUF version {version} is not supported (2 and 3 are); big-endian files are not supported either"
-        ));
-    }
+    cursor.u32()?; // The version, of which `open` has judged.
     let tensor_count = cursor.count(8 + 4 + 4 + 8, "tensors")?;
     let value_count = cursor.count(8 + 4 + 1, "metadata values")?;
 
@@ -219,14 +246,18 @@ fn parse(bytes: &[u8]) -> Parsed<(HashMap<String, Value>, HashMap<String, Tensor
     let data = cursor.at.next_multiple_of(alignment);
     let mut tensors = HashMap::with_capacity(entries.len());
     for (name, shape, kind, offset) in entries {
-        let dtype = DTYPES
-            .iter()
-            .find(|(number, _)| *number == kind)
-            .map(|(_, dtype)| *dtype)
-            .ok_or_else(|| {
-                let known = DTYPES.map(|(_, dtype)| dtype.name()).join(", ");
-                format!("tensor {name:?} has element type number {kind}; this engine reads {known}")
-            })?;
+        let Some(dtype) = dtype(kind) else {
+            // Whether anybody needs it, and whether the architecture is known at all, is judged later.
+            tensors.insert(
+                name,
+                TensorInfo {
+                    shape,
+                    kind,
+                    bytes: 0..0,
+                },
+            );
+            continue;
+        };
         let columns = *shape.last().expect("a tensor has at least one dimension");
         let elements = shape
             .iter()
@@ -250,7 +281,7 @@ fn parse(bytes: &[u8]) -> Parsed<(HashMap<String, Value>, HashMap<String, Tensor
             name,
             TensorInfo {
                 shape,
-                dtype,
+                kind,
                 bytes: range,
             },
         );

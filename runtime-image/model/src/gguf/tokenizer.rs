@@ -27,7 +27,7 @@ fn definition(name: &str) -> Option<(Value, Value, bool)> {
         ]})
     };
     Some(match name {
-        "gpt-2" | "default" => (Value::Null, byte_level(true), false),
+        "gpt-2" => (Value::Null, byte_level(true), false),
         "smollm" => (
             Value::Null,
             json!({"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": true}, byte_level(true)]}),
@@ -54,12 +54,16 @@ fn definition(name: &str) -> Option<(Value, Value, bool)> {
 /// The names that [`pre_tokenizer_name`] tries, in order.
 const NAMES: [&str; 4] = ["gpt-2", "smollm", "llama-bpe", "qwen2"];
 
-/// GGUF's name for the pre-tokenizer of a `tokenizer.json`; `None` if GGUF has no name for it that this engine knows.
+/// GGUF's name for how a `tokenizer.json` splits text; `None` if GGUF has no name for it that this engine knows. All that a
+/// name stands for must be the same: a reader of the file has nothing else.
 pub(super) fn pre_tokenizer_name(tokenizer: &Value) -> Option<&'static str> {
     let found = canonical(&tokenizer["pre_tokenizer"]);
-    NAMES
-        .into_iter()
-        .find(|name| definition(name).is_some_and(|(_, pre, _)| canonical(&pre) == found))
+    let found_ignores = tokenizer["model"]["ignore_merges"] == true;
+    NAMES.into_iter().find(|name| {
+        definition(name).is_some_and(|(normalizer, pre, ignores)| {
+            canonical(&pre) == found && normalizer == tokenizer["normalizer"] && ignores == found_ignores
+        })
+    })
 }
 
 /// Drops what does not change the tokens: byte-level offsets trimming, and sequences of one.
@@ -109,11 +113,16 @@ pub(super) fn tokenizer_json(file: &Gguf) -> Result<Value> {
             format!("{} tokens have {} types", tokens.len(), types.len()),
         ));
     }
+    // "default" and nothing at all say that whoever wrote the file did not know: a guess would be other tokens.
     let name = file.string("tokenizer.ggml.pre").unwrap_or("default");
     let (normalizer, pre_tokenizer, ignore_merges) = definition(name).ok_or_else(|| {
         ModelError::unsupported(
             path,
-            format!("pre-tokenizer {name:?} is not known; known are {}", NAMES.join(", ")),
+            format!(
+                "pre-tokenizer {name:?} is not known; known are {}: use the model's Hugging Face folder, or a file that \
+                 names one of them",
+                NAMES.join(", ")
+            ),
         )
     })?;
 

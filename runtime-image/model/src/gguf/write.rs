@@ -7,20 +7,23 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::tokenizer::{CONTROL, HF_JSON, NORMAL, USER_DEFINED, pre_tokenizer_name};
-use super::{ALIGNMENT, DTYPES, MAGIC};
+use super::{ALIGNMENT, DTYPES, GENERATION, MAGIC};
 use crate::config::ModelConfig;
 use crate::dtype::Dtype;
 use crate::error::{ModelError, Result};
 use crate::family::{Role, TensorSpec, gguf_interleaved_head_dim, gguf_row_to_hf, tensors};
+use crate::generation::GenerationConfig;
 use crate::weights::Weights;
 
 /// The texts that go into the file beside the weights.
 #[derive(Clone, Copy, Debug)]
-pub struct Tokenizer<'a> {
-    /// The object of `tokenizer.json`; a byte-level BPE.
-    pub json: &'a Value,
+pub struct Texts<'a> {
+    /// The object of `tokenizer.json`; a BPE.
+    pub tokenizer_json: &'a Value,
     /// The chat template's source.
     pub chat_template: Option<&'a str>,
+    /// Defaults for generation. GGUF's own keys take the first two of the end tokens.
+    pub generation: &'a GenerationConfig,
 }
 
 /// Writes the model to `path` with its matrices in `dtype` (F32, F16, BF16 or Q8_0).
@@ -31,7 +34,7 @@ pub fn write(
     name: &str,
     config: &ModelConfig,
     weights: &dyn Weights,
-    tokenizer: Tokenizer<'_>,
+    texts: Texts<'_>,
     dtype: Dtype,
 ) -> Result<()> {
     let specs = tensors(config);
@@ -41,7 +44,7 @@ pub fn write(
     header.extend(MAGIC);
     header.extend(3u32.to_le_bytes());
     header.extend((plan.len() as u64).to_le_bytes());
-    let metadata = metadata(path, name, config, tokenizer, dtype)?;
+    let metadata = metadata(path, name, config, texts, dtype)?;
     header.extend((metadata.count).to_le_bytes());
     header.extend(metadata.bytes);
     let mut offset = 0usize;
@@ -87,6 +90,7 @@ pub fn write(
         if let Some(head_dim) = gguf_interleaved_head_dim(config, &spec.name) {
             values = interleave(&values, spec.shape[0], head_dim);
         }
+        check_range(path, spec, &values, dtype)?;
         dtype.from_f32(&values, &mut bytes).ok_or_else(|| {
             ModelError::unsupported(
                 path,
@@ -100,6 +104,29 @@ pub fn write(
         .map_err(|error| io(error.into_error()))?
         .sync_all()
         .map_err(io)
+}
+
+/// A value that the type cannot hold would become infinite, and the model would answer nonsense.
+fn check_range(path: &Path, spec: &TensorSpec, values: &[f32], dtype: Dtype) -> Result<()> {
+    let most = dtype.largest();
+    match values.iter().find(|value| value.is_nan() || value.abs() > most) {
+        None => Ok(()),
+        Some(value) if value.is_finite() => Err(ModelError::InvalidRequest {
+            path: path.to_owned(),
+            what: format!(
+                "tensor {} has the value {value}, and {} ends at {most}: ask for another format",
+                spec.name,
+                dtype.name()
+            ),
+        }),
+        Some(value) => Err(ModelError::malformed(
+            path,
+            format!(
+                "tensor {} has the value {value}: the model it comes from is damaged",
+                spec.name
+            ),
+        )),
+    }
 }
 
 fn stored_dtype(spec: &TensorSpec, dtype: Dtype) -> Dtype {
@@ -179,7 +206,7 @@ fn text(out: &mut Vec<u8>, value: &str) {
     out.extend(value.as_bytes());
 }
 
-fn metadata(path: &Path, name: &str, config: &ModelConfig, tokenizer: Tokenizer<'_>, dtype: Dtype) -> Result<Metadata> {
+fn metadata(path: &Path, name: &str, config: &ModelConfig, texts: Texts<'_>, dtype: Dtype) -> Result<Metadata> {
     let mut out = Metadata {
         bytes: Vec::new(),
         count: 0,
@@ -211,19 +238,17 @@ fn metadata(path: &Path, name: &str, config: &ModelConfig, tokenizer: Tokenizer<
     out.f32(&key("rope.freq_base"), config.rope_theta);
     out.u32(&key("rope.dimension_count"), config.head_dim);
     out.u32(&key("vocab_size"), config.vocab_size);
-    write_tokenizer(&mut out, path, config, tokenizer)?;
+    write_tokenizer(&mut out, path, config, texts)?;
+    out.string(GENERATION, &texts.generation.to_hf(config.bos).to_string());
     Ok(out)
 }
 
-fn write_tokenizer(out: &mut Metadata, path: &Path, config: &ModelConfig, tokenizer: Tokenizer<'_>) -> Result<()> {
-    let json = tokenizer.json;
+fn write_tokenizer(out: &mut Metadata, path: &Path, config: &ModelConfig, texts: Texts<'_>) -> Result<()> {
+    let json = texts.tokenizer_json;
     let model = &json["model"];
     let vocab = model["vocab"].as_object().filter(|_| model["type"] == "BPE");
     let vocab = vocab.ok_or_else(|| {
-        ModelError::unsupported(
-            path,
-            "the tokenizer is no BPE; GGUF files are written with byte-level BPE only",
-        )
+        ModelError::unsupported(path, "the tokenizer is no BPE; GGUF files are written with BPE only")
     })?;
     let id_of = |value: &Value| {
         value
@@ -270,24 +295,28 @@ fn write_tokenizer(out: &mut Metadata, path: &Path, config: &ModelConfig, tokeni
         })
         .collect();
 
-    out.string("tokenizer.ggml.model", "gpt2");
-    out.string("tokenizer.ggml.pre", pre_tokenizer_name(json).unwrap_or("default"));
+    // A tokenizer that GGUF cannot say is not passed off as another one: llama.cpp then computes tokens, but reads no text.
+    let pre = pre_tokenizer_name(json);
+    out.string("tokenizer.ggml.model", if pre.is_some() { "gpt2" } else { "none" });
+    if let Some(pre) = pre {
+        out.string("tokenizer.ggml.pre", pre);
+        out.strings("tokenizer.ggml.merges", merges.iter().map(String::as_str));
+    }
     out.strings("tokenizer.ggml.tokens", tokens.iter().map(String::as_str));
     out.i32s("tokenizer.ggml.token_type", &types);
-    out.strings("tokenizer.ggml.merges", merges.iter().map(String::as_str));
     if let Some(id) = config.bos {
         out.u32("tokenizer.ggml.bos_token_id", id as usize);
     }
     for (key, id) in ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"]
         .into_iter()
-        .zip(&config.eos)
+        .zip(&texts.generation.eos)
     {
         out.u32(key, *id as usize);
     }
     let adds_bos = json["post_processor"].to_string().contains("SpecialToken");
     out.bool("tokenizer.ggml.add_bos_token", adds_bos && config.bos.is_some());
     out.bool("tokenizer.ggml.add_space_prefix", false);
-    if let Some(template) = tokenizer.chat_template {
+    if let Some(template) = texts.chat_template {
         out.string("tokenizer.chat_template", template);
     }
     out.string(HF_JSON, &json.to_string());

@@ -117,6 +117,11 @@ impl Safetensors {
         Ok(())
     }
 
+    fn entry(&self, name: &str) -> Result<&Entry> {
+        let entry = self.tensors.get(name);
+        entry.ok_or_else(|| ModelError::malformed(&self.path, format!("tensor {name} is missing")))
+    }
+
     /// The names of all tensors, sorted.
     pub fn names(&self) -> Vec<&str> {
         let mut names: Vec<&str> = self.tensors.keys().map(String::as_str).collect();
@@ -130,24 +135,22 @@ impl Weights for Safetensors {
         Some(self.tensors.get(name)?.shape.clone())
     }
 
+    fn dtype(&self, name: &str) -> Result<Dtype> {
+        match self.entry(name)?.dtype {
+            safetensors::Dtype::F32 => Ok(Dtype::F32),
+            safetensors::Dtype::F16 => Ok(Dtype::F16),
+            safetensors::Dtype::BF16 => Ok(Dtype::BF16),
+            other => Err(ModelError::unsupported(
+                &self.path,
+                format!("tensor {name} has type {other:?}; F32, F16 and BF16 are read"),
+            )),
+        }
+    }
+
     fn raw(&self, name: &str) -> Result<RawTensor<'_>> {
-        let entry = self
-            .tensors
-            .get(name)
-            .ok_or_else(|| ModelError::malformed(&self.path, format!("tensor {name} is missing")))?;
-        let dtype = match entry.dtype {
-            safetensors::Dtype::F32 => Dtype::F32,
-            safetensors::Dtype::F16 => Dtype::F16,
-            safetensors::Dtype::BF16 => Dtype::BF16,
-            other => {
-                return Err(ModelError::unsupported(
-                    &self.path,
-                    format!("tensor {name} has type {other:?}; F32, F16 and BF16 are read"),
-                ));
-            }
-        };
+        let entry = self.entry(name)?;
         Ok(RawTensor {
-            dtype,
+            dtype: self.dtype(name)?,
             shape: entry.shape.clone(),
             bytes: Cow::Borrowed(self.files[entry.file].range(&entry.bytes)),
         })

@@ -65,13 +65,14 @@ pub fn write(path: &Path, folder: &Folder<'_>) -> Result<()> {
 
 /// Writes tensors (name, shape) as a safetensors file, one at a time, so that no more than one is in memory.
 ///
-/// `dtype` is F32, F16 or BF16; `metadata` goes into the header beside `format: pt`.
-pub fn write_safetensors(
+/// `dtype` is F32, F16 or BF16; `metadata` goes into the header beside `format: pt`. `values` is called once for each tensor,
+/// in order, and may give out a slice.
+pub fn write_safetensors<V: AsRef<[f32]>>(
     path: &Path,
     tensors: &[(String, Vec<usize>)],
     dtype: Dtype,
     metadata: &Map<String, Value>,
-    mut values: impl FnMut(&str) -> Result<Vec<f32>>,
+    mut values: impl FnMut(&str) -> Result<V>,
 ) -> Result<()> {
     let mut header = Map::new();
     let mut texts = metadata.clone();
@@ -105,6 +106,7 @@ pub fn write_safetensors(
     let mut bytes = Vec::new();
     for (name, shape) in tensors {
         let values = values(name)?;
+        let values = values.as_ref();
         if values.len() != shape.iter().product::<usize>() {
             return Err(ModelError::malformed(
                 path,
@@ -112,7 +114,7 @@ pub fn write_safetensors(
             ));
         }
         bytes.clear();
-        let written = dtype.from_f32(&values, &mut bytes);
+        let written = dtype.from_f32(values, &mut bytes);
         written.ok_or_else(|| {
             ModelError::unsupported(
                 path,
