@@ -3,7 +3,6 @@
 use std::path::Path;
 
 use serde_json::Value;
-use strata_contract::FailureReason;
 use strata_model::{ChatTemplate, Dtype, GenerationConfig, LoadedModel, Vocabulary, tensors};
 use strata_stage::StageError;
 use strata_train::{Body, Executor, load, model_error};
@@ -23,19 +22,17 @@ pub(crate) struct Base {
 impl Base {
     /// Reads a GGUF file or an HF folder.
     pub(crate) fn load(path: &Path) -> Result<Self, StageError> {
-        let model = LoadedModel::open(path).map_err(model_error)?;
-        let Some(template) = model.chat_template else {
-            let message = format!(
-                "{} has no chat template, so conversations cannot be rendered: start from an instruction-tuned model",
-                path.display()
-            );
-            return Err(StageError::new(FailureReason::ConfigInvalid, message));
+        let mut model = LoadedModel::open(path).map_err(model_error)?;
+        // A pretrained model has no template yet; the one that it is aligned with is published with the result.
+        let template = match model.chat_template.take() {
+            Some(template) => template,
+            None => model.plain_template().map_err(model_error)?,
         };
         let body = Body::new(&model.config, Executor::detect()?);
         let weights = load(body.layout(), model.weights.as_ref()).map_err(model_error)?;
         let mut found = Vec::new();
         for tensor in tensors(&model.config) {
-            let dtype = model.weights.raw(&tensor.name).map_err(model_error)?.dtype;
+            let dtype = model.weights.dtype(&tensor.name).map_err(model_error)?;
             if !matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) && !found.contains(&dtype.name()) {
                 found.push(dtype.name());
             }

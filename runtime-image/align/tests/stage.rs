@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use strata_contract::{AlignConfig, CurateConfig, FailureReason, Manifest, Report, Run, Uri};
 use strata_evaluate::{EVALUATION_FILE, EvaluationSet};
 use strata_model::hf::{self, Folder};
-use strata_model::{Dtype, GenerationConfig, LoadedModel, synthetic};
+use strata_model::{Dtype, GenerationConfig, LoadedModel, ModelConfig, synthetic};
 use strata_stage::{StageContext, StageError};
 use strata_train::{Body, Executor, Lora, Scorer, load};
 
@@ -29,21 +29,8 @@ impl Bed {
         let bed = Self {
             folder: tempfile::tempdir().unwrap(),
         };
-        let base = bed.path("base");
-        fs::create_dir_all(&base).unwrap();
-        let config = synthetic::tiny_config();
-        let folder = Folder {
-            config: &config,
-            weights: &synthetic::weights(&config, 3),
-            dtype: Dtype::F32,
-            tokenizer_json: &synthetic::byte_tokenizer(),
-            chat_template: Some(synthetic::CHAT_TEMPLATE),
-            generation: &GenerationConfig {
-                eos: vec![258],
-                ..GenerationConfig::default()
-            },
-        };
-        hf::write(&base, &folder).unwrap();
+        fs::create_dir_all(bed.path("base")).unwrap();
+        bed.write_base(&synthetic::tiny_config(), Some(synthetic::CHAT_TEMPLATE));
         let mut transcripts = Vec::new();
         for i in 0..120 {
             let prompt = format!("\n\nHuman: is {i} in {SECRET}?\n\nAssistant:");
@@ -75,6 +62,24 @@ impl Bed {
             &json!({ "text": { "splitBytes": 512 } }),
         );
         bed
+    }
+
+    fn write_base(&self, config: &ModelConfig, chat_template: Option<&str>) {
+        let folder = Folder {
+            config,
+            weights: &synthetic::weights(config, 3),
+            dtype: Dtype::F32,
+            tokenizer_json: &synthetic::byte_tokenizer(),
+            chat_template,
+            generation: &GenerationConfig {
+                eos: config.eos.clone(),
+                ..GenerationConfig::default()
+            },
+        };
+        if chat_template.is_none() {
+            fs::remove_file(self.path("base/chat_template.jinja")).unwrap();
+        }
+        hf::write(&self.path("base"), &folder).unwrap();
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -273,8 +278,53 @@ fn bad_input_has_its_reason() {
     let mut no_columns = bed.config();
     no_columns.datasets = vec![no_columns.evaluation.capability.clone().unwrap()];
     assert_eq!(reason(no_columns, "columns"), FailureReason::InputCorrupt);
+    // Without a template and a token that ends a text, nothing tells where a turn ends.
     fs::remove_file(bed.path("base/chat_template.jinja")).unwrap();
+    fs::write(bed.path("base/generation_config.json"), r#"{"eos_token_id": 10}"#).unwrap();
     assert_eq!(reason(bed.config(), "template"), FailureReason::ConfigInvalid);
+}
+
+#[test]
+fn a_pretrained_model_is_aligned_with_a_template_in_words_which_is_published_with_it() {
+    let bed = Bed::new();
+    bed.write_base(
+        &ModelConfig {
+            bos: Some(256),
+            eos: vec![256],
+            ..synthetic::tiny_config()
+        },
+        None,
+    );
+    let report = strata_align::run(&bed.config(), &bed.context("run", 1)).unwrap();
+    assert!(
+        report.metrics["rewardMarginLow"] > 0.0 && report.metrics["pairsUnusable"] == 0.0,
+        "{:?}",
+        report.metrics
+    );
+
+    let content = bed.content(&report, "run");
+    let model = LoadedModel::open(&content).unwrap();
+    let turn = [
+        json!({"role": "user", "content": "Is it?"}),
+        json!({"role": "assistant", "content": "It is."}),
+    ];
+    let rendered = model
+        .chat_template
+        .unwrap()
+        .render(&model.vocabulary, &turn, None, false, &Default::default());
+    assert_eq!(
+        rendered.unwrap().text(),
+        "<|endoftext|>User:\nIs it?\n\nAssistant:\nIt is.<|endoftext|>\n\n"
+    );
+    assert_eq!(model.generation.eos, [256]);
+    // What was learnt is an answer up to and with the token that ends it.
+    let set = EvaluationSet::read(&content.join(EVALUATION_FILE), model.config.vocab_size).unwrap();
+    let pairs = set.preferences.unwrap().pairs;
+    assert!(
+        pairs
+            .iter()
+            .all(|pair| pair.chosen.ends_with(&[256]) && pair.rejected.ends_with(&[256]))
+    );
 }
 
 fn hf_tensors(path: &Path) -> BTreeMap<String, Vec<f32>> {
