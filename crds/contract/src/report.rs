@@ -93,15 +93,21 @@ impl Report {
         }
     }
 
-    /// This report as JSON of at most [`REPORT_LIMIT_BYTES`]: a long message is cut, then metrics and inputs go.
+    /// This report as JSON of at most [`REPORT_LIMIT_BYTES`]: a long message is cut, then goes what the operator knows by
+    /// itself (what it handed in), and last what only this report says.
     pub fn to_termination_message(&self) -> String {
         let mut report = self.clone();
         truncate(&mut report.message, MESSAGE_LIMIT_BYTES);
         let write = |report: &Self| serde_json::to_string(report).expect("a report serializes to JSON");
         for shrink in [
             |_: &mut Self| (),
-            |report: &mut Self| report.metrics.clear(),
+            |report: &mut Self| {
+                for input in &mut report.inputs {
+                    (input.bytes, input.resource) = (None, None);
+                }
+            },
             |report: &mut Self| report.inputs.clear(),
+            |report: &mut Self| report.metrics.clear(),
             |report: &mut Self| report.gates.clear(),
         ] {
             shrink(&mut report);
@@ -164,6 +170,36 @@ mod tests {
         let back: Report = serde_json::from_str(&text).expect("the shortened report is still a report");
         assert_eq!(back.failure, Some(FailureReason::InputCorrupt));
         assert!(back.message.ends_with('…'));
+    }
+
+    #[test]
+    fn figures_survive_as_many_inputs_as_a_spec_can_name() {
+        let resource = crate::Resource {
+            kind: "Dataset".into(),
+            namespace: "research".into(),
+            name: "corpus".into(),
+        };
+        let input = |i: usize| Input {
+            name: format!("input-{i}"),
+            uri: "pvc://raw/a/file".parse().expect("a valid uri"),
+            digest: Some("sha256:".to_owned() + &"0".repeat(64)),
+            bytes: Some(1),
+            resource: Some(resource.clone()),
+        };
+        for (inputs, kept) in [(2, 2), (20, 20), (64, 0)] {
+            let mut report = Report::failed(FailureReason::GateFailed, "m".into());
+            report.metrics = [("bitsPerByte".to_owned(), 2.5)].into();
+            report.inputs = (0..inputs).map(input).collect();
+            let text = report.to_termination_message();
+            let back: Report = serde_json::from_str(&text).expect("the shortened report is still a report");
+            assert_eq!(back.metrics, report.metrics);
+            assert_eq!(back.inputs.len(), kept);
+            assert_eq!(
+                back.inputs.iter().all(|input| input.resource.is_some()),
+                kept != 20,
+                "{inputs} inputs"
+            );
+        }
     }
 
     #[test]
