@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 use kube::core::cel::{CompiledSchema, Validator, compile_schema};
 use serde_json::{Value, json};
 
-use crate::schema::{Violation, prune_nulls, unknown_fields, violations};
+use crate::schema::{Violation, apply_defaults, prune_nulls, unknown_fields, violations};
 use crate::yaml::{Document, Tree};
 use crate::{Finding, Severity, metadata};
 
@@ -107,20 +107,32 @@ pub fn document(document: Document) -> Vec<Finding> {
         .collect()
 }
 
+/// The value at a path as the server shows it before a rule's message: scalars only.
+fn shown(object: &Value, path: &str) -> String {
+    let pointer = format!("/{}", path.replace('[', "/").replace(']', "").replace('.', "/"));
+    match object.pointer(&pointer) {
+        None | Some(Value::Object(_) | Value::Array(_) | Value::Null) => String::new(),
+        Some(scalar) => format!("{scalar}: "),
+    }
+}
+
 /// What is wrong with an object, and whether its CEL rules were left out for that.
 fn judge(kind: &Kind, tree: &Tree) -> (Vec<Violation>, bool) {
     let mut unknown = Vec::new();
     unknown_fields(&kind.schema, &tree.value, "", &mut unknown);
     let mut value = tree.value.clone();
     prune_nulls(&mut value);
+    apply_defaults(&kind.schema, &mut value);
     let mut found = Vec::new();
     metadata::name(&value["metadata"], &mut found);
+    metadata::labels(&value["metadata"]["labels"], &mut found);
+    metadata::annotations(&value["metadata"]["annotations"], &mut found);
     violations(&kind.schema, &value, "", &mut found);
     let blocked = found.iter().any(|violation| violation.blocks_rules);
     if !blocked && let Err(broken) = Validator::new().validate_compiled(&kind.rules, &value, None) {
         found.extend(broken.into_iter().map(|error| Violation {
+            message: format!("Invalid value: {}{}", shown(&value, &error.field_path), error.message),
             path: error.field_path,
-            message: format!("Invalid value: {}", error.message),
             blocks_rules: false,
         }));
     }

@@ -27,16 +27,40 @@ pub fn prune_nulls(value: &mut Value) {
     }
 }
 
+/// Puts in what `schema` says about fields that are absent, as the server does before it judges.
+pub fn apply_defaults(schema: &Value, value: &mut Value) {
+    match value {
+        Value::Object(map) => {
+            for (name, field) in schema["properties"].as_object().into_iter().flatten() {
+                if let Some(default) = field.get("default") {
+                    map.entry(name).or_insert_with(|| default.clone());
+                }
+            }
+            for (key, value) in map {
+                if let Some(schema) = field_of(schema, key) {
+                    apply_defaults(schema, value);
+                }
+            }
+        }
+        Value::Array(items) => items.iter_mut().for_each(|item| apply_defaults(&schema["items"], item)),
+        _ => {}
+    }
+}
+
+/// Schema of an object's field.
+fn field_of<'a>(schema: &'a Value, key: &str) -> Option<&'a Value> {
+    schema["properties"]
+        .get(key)
+        .or_else(|| schema.get("additionalProperties"))
+}
+
 /// Paths of the fields of `value` that `schema` does not know, as a strict decoder names them.
 pub fn unknown_fields(schema: &Value, value: &Value, path: &str, found: &mut Vec<String>) {
     match value {
         Value::Object(map) => {
             for (key, value) in map {
                 let path = child(path, key);
-                match schema["properties"]
-                    .get(key)
-                    .or_else(|| schema.get("additionalProperties"))
-                {
+                match field_of(schema, key) {
                     Some(schema) => unknown_fields(schema, value, &path, found),
                     None if schema["x-kubernetes-preserve-unknown-fields"] == true => {}
                     None => found.push(path),
@@ -251,10 +275,7 @@ fn object(schema: &Value, map: &Map<String, Value>, path: &str, found: &mut Vec<
     }
     for (key, value) in map {
         // Unknown fields have no schema: they are judged apart, and pruned before the server validates.
-        if let Some(schema) = schema["properties"]
-            .get(key)
-            .or_else(|| schema.get("additionalProperties"))
-        {
+        if let Some(schema) = field_of(schema, key) {
             violations(schema, value, &child(path, key), found);
         }
     }
@@ -271,5 +292,26 @@ fn object(schema: &Value, map: &Map<String, Value>, path: &str, found: &mut Vec<
                 blocks_rules: true,
             });
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn what_is_absent_has_its_default_and_what_is_there_keeps_its_value() {
+        let schema = json!({"properties": {
+            "replicas": {"type": "integer", "default": 1},
+            "items": {"type": "array", "items": {"properties": {"on": {"default": true}}}},
+            "absent": {"properties": {"inner": {"default": 2}}},
+        }});
+        let mut value = json!({"items": [{}, {"on": false}]});
+        apply_defaults(&schema, &mut value);
+        assert_eq!(value, json!({"replicas": 1, "items": [{"on": true}, {"on": false}]}));
+        value["replicas"] = json!(0);
+        apply_defaults(&schema, &mut value);
+        assert_eq!(value["replicas"], 0);
     }
 }
