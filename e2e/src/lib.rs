@@ -10,6 +10,8 @@ mod dump;
 pub mod image;
 pub mod install;
 pub mod namespace;
+pub mod operator;
+pub mod run;
 pub mod strata;
 pub mod wait;
 

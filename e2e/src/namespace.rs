@@ -11,20 +11,25 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::core::v1::{Namespace, PersistentVolumeClaim, ServiceAccount};
-use kube::api::{DeleteParams, ObjectMeta, PostParams};
-use kube::{Api, Client, Resource};
+use kube::api::{DeleteParams, ListParams, ObjectMeta, PostParams};
+use kube::{Api, Client, Resource, ResourceExt};
 use rand::Rng;
 use rand::distr::Alphanumeric;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tokio::sync::OnceCell;
 
+use crate::bed::Bed;
+use crate::bed::command::{self, say};
 use crate::bed::go::{self, Program};
 use crate::bed::volume::Volume;
-use crate::bed::{Bed, command};
 use crate::{dump, wait};
 
 /// How long the namespace may take to come and to go; pods get 30 s to end.
 const DEADLINE: Duration = Duration::from_secs(90);
+
+/// How the names of test namespaces begin.
+const PREFIX: &str = "e2e-";
 
 /// What a test works with.
 #[derive(Clone)]
@@ -67,8 +72,10 @@ impl Context {
     async fn begin() -> Result<Self> {
         let bed = Bed::from_env()?;
         let client = bed.client().await?;
+        static CLEAN: OnceCell<()> = OnceCell::const_new();
+        CLEAN.get_or_try_init(|| remove_left_over(&client)).await?;
         let random: String = rand::rng().sample_iter(Alphanumeric).take(6).map(char::from).collect();
-        let name = format!("e2e-{}", random.to_lowercase());
+        let name = format!("{PREFIX}{}", random.to_lowercase());
         let namespace = Namespace {
             metadata: ObjectMeta {
                 name: Some(name.clone()),
@@ -191,6 +198,23 @@ impl Context {
         }
         Ok(())
     }
+}
+
+/// Removes the namespaces of an interrupted run, whose pods would compete with this one's. A bed has one suite at a time,
+/// and its test programs run one after the other: before the first test of this one, all there are is left over.
+async fn remove_left_over(client: &Client) -> Result<()> {
+    let namespaces: Api<Namespace> = Api::all(client.clone());
+    let all = namespaces.list(&ListParams::default()).await?;
+    for namespace in all
+        .iter()
+        .map(ResourceExt::name_any)
+        .filter(|name| name.starts_with(PREFIX))
+    {
+        say(format_args!("removing {namespace}, left over from an interrupted run"));
+        namespaces.delete(&namespace, &DeleteParams::default()).await?;
+        wait::until_gone(&namespaces, &namespace, DEADLINE).await?;
+    }
+    Ok(())
 }
 
 /// Where a tool of the tests lies.

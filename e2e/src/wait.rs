@@ -1,9 +1,9 @@
 //! Waiting for an object to reach a state: by watching it, with a deadline, and with what was last seen in the error.
 
 use std::fmt::Debug;
-use std::future;
+use std::future::{self, Future};
 use std::pin::pin;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 use futures::StreamExt;
@@ -14,6 +14,9 @@ use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, Resource};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+
+/// Time between two looks of [`poll`].
+const LOOK: Duration = Duration::from_millis(200);
 
 /// Waits until the object `name` satisfies `condition` and returns it. `what` completes the sentence "waiting until
 /// NAME …".
@@ -91,6 +94,26 @@ where
         "waited {} s until {name} {what}; last seen:\n{seen}{trouble}",
         deadline.as_secs()
     )
+}
+
+/// Looks again and again until `look` finds what it looks for: for what comes without an event to watch.
+///
+/// # Errors
+/// The deadline is over, or `look` failed.
+pub async fn poll<T, F>(what: &str, deadline: Duration, mut look: impl FnMut() -> F) -> Result<T>
+where
+    F: Future<Output = Result<Option<T>>>,
+{
+    let end = Instant::now() + deadline;
+    loop {
+        if let Some(found) = look().await? {
+            return Ok(found);
+        }
+        if Instant::now() > end {
+            bail!("waited {} s until {what}", deadline.as_secs());
+        }
+        tokio::time::sleep(LOOK).await;
+    }
 }
 
 /// The node can take pods.

@@ -7,9 +7,13 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::core::v1::Pod;
+use kube::ResourceExt as _;
+use kube::api::{ListParams, LogParams, Patch, PatchParams};
+use serde_json::json;
 use strata_api::{AlignmentJob, Dataset, InferenceService, PretrainJob};
 use strata_e2e::strata::{apply, ready, reason};
-use strata_e2e::{Context, install, with_temp_ns};
+use strata_e2e::{Context, install, run, wait, with_temp_ns};
 
 const DEADLINE: Duration = Duration::from_secs(180);
 
@@ -47,11 +51,7 @@ async fn jobs(context: &Context) -> Result<usize> {
 async fn references_that_are_missing_are_waited_for_and_circles_are_refused() {
     with_temp_ns(|context| async move {
         let (raw, _) = prepare(&context, None).await?;
-        let pretrain = "apiVersion: strata.dev/v1alpha1\nkind: PretrainJob\nmetadata: {name: tiny}\nspec:\n  \
-             storage: {uri: 'pvc://artifacts'}\n  datasets: [{name: words}]\n  \
-             model: {llama: {hiddenSize: 32, layers: 1, heads: 2, contextTokens: 32}}\n  \
-             training: {tokens: 2048, batchTokens: 256, learningRate: '1e-3'}\n";
-        apply(&context, pretrain).await?;
+        apply(&context, &run::pretrain("tiny", 2048)).await?;
         let said = reason::<PretrainJob>(&context, "tiny", "Unknown", "ReferenceNotFound", DEADLINE).await?;
         ensure!(said.contains("Dataset") && said.contains("words"), "{said}");
 
@@ -70,14 +70,8 @@ async fn references_that_are_missing_are_waited_for_and_circles_are_refused() {
         ensure!(said.contains("hen") && said.contains("egg"), "{said}");
 
         // The data set comes: the job that waited starts by itself and ends well.
-        let text = (0..400)
-            .map(|i| format!("The {i}. word of a text that repeats is {i}.\n\n"))
-            .collect::<String>();
-        fs::write(raw.join("words.txt"), text)?;
-        let more = "  split: {heldOutPercent: 20}\n  encode: {tokenizer: {train: {algorithm: BPE, vocabSize: 300}}, \
-                    sequence: {lengthTokens: 32}}\n";
-        let source = "documents: {uri: 'pvc://raw/words.txt', format: Text, splitBytes: 64}";
-        apply(&context, &dataset("words", source, more)).await?;
+        fs::write(raw.join("words.txt"), run::text())?;
+        apply(&context, run::WORDS).await?;
         ready::<PretrainJob>(&context, "tiny", DEADLINE).await.map(drop)
     })
     .await;
@@ -155,6 +149,66 @@ async fn a_full_disk_and_too_little_memory_are_said() {
         Ok(())
     })
     .await;
+}
+
+#[tokio::test]
+async fn a_damaged_checkpoint_is_passed_over_for_the_one_before_and_said() {
+    with_temp_ns(|context| async move {
+        let (raw, artifacts) = prepare(&context, None).await?;
+        let folder = run::start_long(&context, "long", (&raw, &artifacts), DEADLINE).await?;
+        suspend(&context, "long", true).await?;
+        reason::<PretrainJob>(&context, "long", "Unknown", "Suspended", DEADLINE).await?;
+        let pods = context.api::<Pod>();
+        let its = ListParams::default().labels("strata.dev/kind=PretrainJob,strata.dev/name=long");
+        wait::poll("its pod is gone", DEADLINE, || async {
+            Ok(pods.list(&its).await?.items.is_empty().then_some(()))
+        })
+        .await?;
+
+        let checkpoints = run::checkpoints(&folder);
+        let [.., older, newest] = &checkpoints[..] else {
+            anyhow::bail!("two checkpoints were kept, but there are {checkpoints:?}")
+        };
+        let state = newest.join("state.safetensors");
+        let mut bytes = fs::read(&state)?;
+        *bytes.last_mut().context("the state is not empty")? ^= 1;
+        fs::write(&state, bytes)?;
+        suspend(&context, "long", false).await?;
+
+        let log = wait::poll("it goes on from a checkpoint", DEADLINE, || async {
+            for pod in pods.list(&its).await? {
+                // No log before the container has started.
+                let log = pods
+                    .logs(&pod.name_any(), &LogParams::default())
+                    .await
+                    .unwrap_or_default();
+                if log.contains("going on from a checkpoint") {
+                    return Ok(Some(log));
+                }
+            }
+            Ok(None)
+        })
+        .await?;
+        let named = |line: &str, words: &str, step: &Path| {
+            let step = step.file_name().unwrap_or_default().to_string_lossy();
+            line.contains(words) && line.contains(&*step)
+        };
+        for (words, step) in [("passed over", newest), ("going on from a checkpoint", older)] {
+            ensure!(
+                log.lines().any(|line| named(line, words, step)),
+                "no {words:?} of {step:?} in:\n{log}"
+            );
+        }
+        Ok(())
+    })
+    .await;
+}
+
+async fn suspend(context: &Context, name: &str, suspend: bool) -> Result<()> {
+    let patch = Patch::Merge(json!({"spec": {"suspend": suspend}}));
+    let jobs = context.api::<PretrainJob>();
+    jobs.patch(name, &PatchParams::default(), &patch).await?;
+    Ok(())
 }
 
 /// The sample's crawl, cut in the middle of a member.

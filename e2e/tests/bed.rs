@@ -8,7 +8,7 @@ use k8s_openapi::api::core::v1::{ConfigMap, Pod};
 use kube::api::{LogParams, PostParams};
 use serde_json::json;
 use strata_e2e::audit::{self, Write};
-use strata_e2e::bed::Bed;
+use strata_e2e::bed::{Bed, network::http};
 use strata_e2e::image::catalog::{Name, SHELL};
 use strata_e2e::{Context, wait, with_temp_ns};
 
@@ -84,7 +84,7 @@ async fn a_pod_without_root_reaches_a_service_by_its_name() {
             .spec
             .and_then(|s| s.cluster_ip)
             .context("the Service has an address")?;
-        let from_here = reqwest::get(format!("http://{address}")).await?.text().await?;
+        let from_here = http()?.get(format!("http://{address}")).send().await?.text().await?;
         ensure!(
             from_here.contains("hello from 65532"),
             "the host does not reach the Service: {from_here}"

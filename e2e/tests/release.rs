@@ -1,21 +1,23 @@
 //! The chart as its users meet it: linted, rendered, installed, upgraded under load, uninstalled without loss; and two
 //! operators of which one leads.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::Pod;
-use kube::api::{DeleteParams, ListParams};
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams};
 use kube::{Api, ResourceExt as _};
 use serde_json::{Value, json};
-use strata_api::Dataset;
+use strata_api::{Dataset, PretrainJob};
 use strata_e2e::bed::{command, go::Program};
 use strata_e2e::namespace::tool;
-use strata_e2e::strata::{apply, ready, reason};
-use strata_e2e::{install, wait, with_temp_ns};
+use strata_e2e::strata::{Kind, apply, condition, ready};
+use strata_e2e::{Context, install, operator, run, wait, with_temp_ns};
 
 const DEADLINE: Duration = Duration::from_secs(180);
 
@@ -63,27 +65,28 @@ async fn an_upgrade_restarts_no_run_and_an_uninstall_keeps_resources_and_artifac
     with_temp_ns(|context| async move {
         install::operator(&context.bed, &[])?;
         let raw = context.claim("raw", "1Gi", None).await?.path()?;
-        context.claim("artifacts", "1Gi", None).await?;
-        std::fs::write(raw.join("text.txt"), "To be, or not to be.\n".repeat(20))?;
-        apply(
-            &context,
-            "apiVersion: strata.dev/v1alpha1\nkind: Dataset\nmetadata: {name: words}\nspec:\n  task: Pretraining\n  \
-             storage: {uri: 'pvc://artifacts'}\n  sources:\n  - name: text\n    \
-             documents: {uri: 'pvc://raw/text.txt', format: Text}\n",
-        )
-        .await?;
+        let artifacts = context.claim("artifacts", "1Gi", None).await?.path()?;
+        run::start_long(&context, "long", (&raw, &artifacts), DEADLINE).await?;
         let words: Dataset = ready(&context, "words", DEADLINE).await?;
         let before = words.status.context("a status")?;
+        let started = started(&context).await?;
 
-        // Another image for pods: what is done stays done, under the image that did it.
+        // Another image for pods, while one runs: what is done stays done and what runs goes on, under the image it has.
         install::operator(&context.bed, &["runtimeImage.tag=other"])?;
+        only_the_new_operator_is_left(&context).await?;
         leader_changes_hands(&context).await?;
-        let after: Dataset = ready(&context, "words", DEADLINE).await?;
+        let after: Dataset = touched(&context, "words").await?;
         let after = after.status.context("a status")?;
         ensure!(
             after.run == before.run && after.artifact == before.artifact,
             "{after:?}"
         );
+        touched::<PretrainJob>(&context, "long").await?;
+        ensure!(
+            self::started(&context).await? == started,
+            "a Job or a pod was started again"
+        );
+        context.kubectl(["delete", "pretrainjob", "long", "--wait"]).await?;
 
         command::output(install::helm(&context.bed)?.args([
             "uninstall",
@@ -101,33 +104,73 @@ async fn an_upgrade_restarts_no_run_and_an_uninstall_keeps_resources_and_artifac
         // Back again: a new resource of the same content finds what was published and computes nothing.
         install::operator(&context.bed, &[])?;
         context.kubectl(["delete", "dataset", "words", "--wait"]).await?;
-        apply(
-            &context,
-            "apiVersion: strata.dev/v1alpha1\nkind: Dataset\nmetadata: {name: words}\nspec:\n  task: Pretraining\n  \
-             suspend: true\n  storage: {uri: 'pvc://artifacts'}\n  sources:\n  - name: text\n    \
-             documents: {uri: 'pvc://raw/text.txt', format: Text}\n",
-        )
-        .await?;
-        reason::<Dataset>(&context, "words", "Unknown", "Suspended", DEADLINE).await?;
-        context
-            .kubectl([
-                "patch",
-                "dataset",
-                "words",
-                "--type=merge",
-                "-p",
-                r#"{"spec":{"suspend":false}}"#,
-            ])
-            .await?;
+        apply(&context, run::WORDS).await?;
         let again: Dataset = ready(&context, "words", DEADLINE).await?;
+        let again_object = again.clone();
         let again = again.status.context("a status")?;
         ensure!(
             again.artifact == before.artifact,
             "the same content has the same digest: {again:?}"
         );
+        let id = again.run.context("a run")?.id;
+        let folder = artifacts.join(format!("{}/dataset/words/{id}", context.namespace));
+        ensure!(
+            run::attempts(&folder) == 1,
+            "it was computed again: {}",
+            folder.display()
+        );
+        let (_, _, message) = condition(&again_object, "Ready").context("a condition")?;
+        ensure!(message.contains("nothing was computed"), "{message}");
         Ok(())
     })
     .await;
+}
+
+/// Name and UID of the Jobs, and of the pods that run or have ended well.
+async fn started(context: &Context) -> Result<BTreeSet<(String, String)>> {
+    let jobs = context.api::<Job>().list(&ListParams::default()).await?;
+    let jobs = jobs.iter().map(|job| (job.name_any(), job.uid().unwrap_or_default()));
+    let pods = context.api::<Pod>().list(&ListParams::default()).await?;
+    let phase = |pod: &Pod| {
+        pod.status
+            .as_ref()
+            .and_then(|status| status.phase.clone())
+            .unwrap_or_default()
+    };
+    let pods = pods
+        .iter()
+        .filter(|pod| ["Running", "Succeeded"].contains(&phase(pod).as_str()))
+        .map(|pod| (pod.name_any(), pod.uid().unwrap_or_default()));
+    Ok(jobs.chain(pods).collect())
+}
+
+/// Changes what determines no result, and waits until the operator has seen that.
+async fn touched<K: Kind>(context: &Context, name: &str) -> Result<K> {
+    let patch = Patch::Merge(json!({"spec": {"retries": 7}}));
+    let api = context.api::<K>();
+    let generation = api
+        .patch(name, &PatchParams::default(), &patch)
+        .await?
+        .meta()
+        .generation;
+    let seen = |object: Option<&K>| {
+        object.and_then(|object| object.run_status()?.observed_generation) >= generation && generation.is_some()
+    };
+    wait::until(&api, name, "is seen by the operator", DEADLINE, seen).await
+}
+
+/// The pods of the old one may still be ending when helm is content.
+async fn only_the_new_operator_is_left(context: &Context) -> Result<()> {
+    let is_new = |pod: &Pod| {
+        let containers = pod.spec.iter().flat_map(|spec| &spec.containers);
+        let mut arguments = containers.flat_map(|container| container.args.iter().flatten());
+        arguments.any(|argument| argument.starts_with("--runtime-image=") && argument.ends_with(":other"))
+    };
+    wait::poll("the old operator is gone", DEADLINE, || async {
+        let pods = operator::pods(&context.client).await?;
+        Ok((!pods.is_empty() && pods.iter().all(is_new)).then_some(()))
+    })
+    .await
 }
 
 /// A strict JSON schema for each kind of the cluster's OpenAPI document, named as kubeconform looks for it: the cluster
@@ -175,7 +218,7 @@ fn write_schemas(openapi: &str, folder: &Path) -> Result<()> {
 }
 
 /// Two replicas run and one leads; when it is deleted the other one takes over.
-async fn leader_changes_hands(context: &strata_e2e::Context) -> Result<()> {
+async fn leader_changes_hands(context: &Context) -> Result<()> {
     let leases: Api<Lease> = Api::namespaced(context.client.clone(), install::NAMESPACE);
     let holder = |lease: Option<&Lease>| lease.and_then(|lease| lease.spec.as_ref()?.holder_identity.clone());
     let lease = leases
@@ -188,10 +231,7 @@ async fn leader_changes_hands(context: &strata_e2e::Context) -> Result<()> {
     let held = |lease: Option<&Lease>| holder(lease).is_some_and(|holder| !holder.is_empty());
     let first = holder(Some(&wait::until(&leases, &name, "is held", DEADLINE, held).await?)).context("a holder")?;
     let pods: Api<Pod> = Api::namespaced(context.client.clone(), install::NAMESPACE);
-    let all = pods
-        .list(&ListParams::default().labels("app.kubernetes.io/name=strata-operator"))
-        .await?
-        .items;
+    let all = operator::pods(&context.client).await?;
     let leader = all
         .iter()
         .find(|pod| first.contains(&pod.name_any()))

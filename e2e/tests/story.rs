@@ -1,31 +1,35 @@
 //! One real model's whole life on a real cluster: raw data in, a chat out, every step computed by a pod.
 
+use std::collections::BTreeSet;
 use std::fs;
-use std::io::Read as _;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use k8s_openapi::api::batch::v1::Job;
-use k8s_openapi::api::core::v1::Pod;
-use kube::ResourceExt as _;
+use k8s_openapi::api::core::v1::{Event, Pod};
 use kube::api::{DeleteParams, ListParams, LogParams, Patch, PatchParams};
+use kube::{Api, ResourceExt as _};
 use serde_json::{Value, json};
 use strata_api::{AlignmentJob, Dataset, InferenceService, PretrainJob, RunStatus};
 use strata_contract::{ArtifactKind, Manifest, Uri};
+use strata_e2e::bed::{command, network::http};
 use strata_e2e::demo::Forward;
-use strata_e2e::strata::{metric, ready};
-use strata_e2e::{Context, audit, install, wait, with_temp_ns};
+use strata_e2e::strata::{Kind, metric, ready};
+use strata_e2e::{Context, audit, install, operator, run, wait, with_temp_ns};
 
 const CURATE: Duration = Duration::from_secs(300);
 const TRAIN: Duration = Duration::from_secs(1200);
 const SERVE: Duration = Duration::from_secs(300);
+/// Enough of a turn to know it by; a log may cut the rest off.
+const TEXT_CHARACTERS: usize = 40;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_model_lives_its_whole_life() {
     with_temp_ns(|context| async move {
         install::once(&context.bed)?;
-        context.volume("raw", "4Gi", None).await?;
+        let raw = context.volume("raw", "4Gi", None).await?.path()?;
         let artifacts = context.volume("artifacts", "8Gi", None).await?.path()?;
         context
             .kubectl(["apply", "-k", &install::samples().display().to_string()])
@@ -40,10 +44,11 @@ async fn one_model_lives_its_whole_life() {
         .await?;
 
         plays_are_curated(&context, &artifacts).await?;
-        preferences_stay_private(&context, &artifacts).await?;
+        preferences_are_published_with_their_notice(&context, &artifacts).await?;
         bard_survives_the_loss_of_its_pod(&context, &artifacts).await?;
         assistant_is_aligned_within_its_gates(&context, &artifacts).await?;
         the_service_answers_with_what_was_judged(&context, &artifacts).await?;
+        preferences_stay_private(&context, &raw).await?;
         quiet_when_all_is_done(&context).await
     })
     .await;
@@ -86,7 +91,7 @@ async fn plays_are_curated(context: &Context, artifacts: &Path) -> Result<()> {
     Ok(())
 }
 
-async fn preferences_stay_private(context: &Context, artifacts: &Path) -> Result<()> {
+async fn preferences_are_published_with_their_notice(context: &Context, artifacts: &Path) -> Result<()> {
     let preferences: Dataset = ready(context, "preferences", CURATE).await?;
     let (_, content) = published(artifacts, preferences.status.as_ref().context("a status")?)?;
     let card = fs::read_to_string(content.join("README.md"))?;
@@ -99,14 +104,11 @@ async fn preferences_stay_private(context: &Context, artifacts: &Path) -> Result
 
 /// The pod is killed after its first checkpoint; the run goes on from there, and the loss does not count as a failure.
 async fn bard_survives_the_loss_of_its_pod(context: &Context, artifacts: &Path) -> Result<()> {
-    let running = |job: Option<&PretrainJob>| {
-        job.and_then(|job| job.status.as_ref()?.run.as_ref()?.job.clone())
-            .is_some()
-    };
-    let job = wait::until(&context.api::<PretrainJob>(), "bard", "has a run", TRAIN, running).await?;
-    let run = job.status.and_then(|status| status.run).context("a run")?;
-    let folder = artifacts.join(format!("{}/pretrainjob/bard/{}", context.namespace, run.id));
-    until_true("bard has a checkpoint", TRAIN, || has_checkpoint(&folder)).await?;
+    let folder = run::folder(context, "bard", artifacts, TRAIN).await?;
+    wait::poll("bard has a checkpoint", TRAIN, || async {
+        Ok((!run::checkpoints(&folder).is_empty()).then_some(()))
+    })
+    .await?;
     let pods = context.api::<Pod>();
     let labels = ListParams::default().labels("strata.dev/kind=PretrainJob,strata.dev/name=bard");
     let pod = pods.list(&labels).await?.items.pop().context("bard's pod")?;
@@ -157,22 +159,6 @@ async fn assistant_is_aligned_within_its_gates(context: &Context, artifacts: &Pa
     ] {
         ensure!(content.join(file).is_file(), "{file} is missing");
     }
-    // The pairs are offensive by design: none of their text may show in what people read.
-    let labels = ListParams::default().labels("strata.dev/kind");
-    let mut shown = serde_json::to_string(&status)?;
-    for pod in context.api::<Pod>().list(&labels).await? {
-        shown += &context
-            .api::<Pod>()
-            .logs(&pod.name_any(), &LogParams::default())
-            .await
-            .unwrap_or_default();
-        shown += &serde_json::to_string(&pod.status)?;
-    }
-    let turns = first_turns(artifacts)?;
-    ensure!(turns.len() > 500, "{} turns were looked for", turns.len());
-    for turn in turns {
-        ensure!(!shown.contains(&turn), "text of a preference pair was shown");
-    }
     Ok(())
 }
 
@@ -217,7 +203,7 @@ async fn the_service_answers_with_what_was_judged(context: &Context, artifacts: 
     );
     ensure!(pieces > 1, "the answer was streamed");
 
-    let client = reqwest::Client::new();
+    let client = http()?;
     let ask = |body: String| {
         let request = client.post(format!("{}/v1/chat/completions", forward.url()));
         request.header("content-type", "application/json").body(body).send()
@@ -263,9 +249,88 @@ async fn the_service_answers_with_what_was_judged(context: &Context, artifacts: 
     Ok(())
 }
 
+/// The pairs are offensive by design: none of their text is in what people read of a cluster.
+async fn preferences_stay_private(context: &Context, raw: &Path) -> Result<()> {
+    let mut shown = Vec::new();
+    statuses::<Dataset>(context, &mut shown).await?;
+    statuses::<PretrainJob>(context, &mut shown).await?;
+    statuses::<AlignmentJob>(context, &mut shown).await?;
+    statuses::<InferenceService>(context, &mut shown).await?;
+    let mut logged = BTreeSet::new();
+    for namespace in [context.namespace.as_str(), install::NAMESPACE] {
+        let events = Api::<Event>::namespaced(context.client.clone(), namespace);
+        for event in events.list(&ListParams::default()).await? {
+            strings(&serde_json::to_value(&event)?, &mut shown);
+        }
+        let pods = Api::<Pod>::namespaced(context.client.clone(), namespace);
+        for pod in pods.list(&ListParams::default()).await? {
+            strings(&serde_json::to_value(&pod.status)?, &mut shown);
+            let name = pod.name_any();
+            let log = pods.logs(&name, &LogParams::default()).await;
+            for line in log.with_context(|| format!("the log of {name}"))?.lines() {
+                // Text in JSON has its quotes and line ends escaped.
+                match serde_json::from_str::<Value>(line) {
+                    Ok(line) => strings(&line, &mut shown),
+                    Err(_) => shown.push(line.to_owned()),
+                }
+            }
+            logged.extend(pod.labels().get("strata.dev/kind").cloned());
+        }
+    }
+    let kinds = ["AlignmentJob", "Dataset", "InferenceService", "PretrainJob"];
+    ensure!(logged.iter().eq(kinds), "logs were read of {logged:?} only");
+    let shown = shown.join("\n");
+    let texts = preference_texts(raw)?;
+    ensure!(texts.len() > 5_000, "{} texts were looked for", texts.len());
+    ensure!(
+        !texts.iter().any(|text| shown.contains(text)),
+        "text of a preference pair was shown"
+    );
+    Ok(())
+}
+
+async fn statuses<K: Kind>(context: &Context, shown: &mut Vec<String>) -> Result<()> {
+    let before = shown.len();
+    for object in context.api::<K>().list(&ListParams::default()).await? {
+        strings(&serde_json::to_value(&object)?["status"], shown);
+    }
+    ensure!(shown.len() > before, "no {} has a status", K::kind(&()));
+    Ok(())
+}
+
+/// All strings in a value, as a person would read them, and not as JSON writes them.
+fn strings(value: &Value, into: &mut Vec<String>) {
+    match value {
+        Value::String(text) => into.push(text.clone()),
+        Value::Array(all) => all.iter().for_each(|value| strings(value, into)),
+        Value::Object(all) => all.iter().for_each(|(key, value)| {
+            into.push(key.clone());
+            strings(value, into);
+        }),
+        Value::Null | Value::Bool(_) | Value::Number(_) => {}
+    }
+}
+
+/// How every longer turn of the preference data begins, from the sample as it lies on the volume.
+fn preference_texts(raw: &Path) -> Result<BTreeSet<String>> {
+    let path = raw.join("hh-rlhf-harmless-base-test.jsonl.gz");
+    let text = command::output(Command::new("gzip").arg("-dc").arg(path))?;
+    let mut texts = BTreeSet::new();
+    for line in text.lines() {
+        let pair: Value = serde_json::from_str(line)?;
+        for side in ["chosen", "rejected"] {
+            let turns = pair[side].as_str().context("a pair has two sides")?.split("\n\n");
+            let said = turns.filter_map(|turn| turn.split_once(": ").map(|(_, said)| said));
+            let starts = said.map(|said| said.chars().take(TEXT_CHARACTERS).collect::<String>());
+            texts.extend(starts.filter(|start| start.chars().count() == TEXT_CHARACTERS));
+        }
+    }
+    Ok(texts)
+}
+
 /// Reconciles that have nothing to do write nothing, and the operator stays small.
 async fn quiet_when_all_is_done(context: &Context) -> Result<()> {
-    let before = reconciles(context).await?;
+    let before = operator::reconciles(&context.client).await?;
     let mark = audit::mark(&context.bed)?;
     for round in 0..10 {
         let touch = Patch::Merge(json!({"metadata": {"annotations": {"e2e.strata.dev/touch": round.to_string()}}}));
@@ -286,14 +351,11 @@ async fn quiet_when_all_is_done(context: &Context) -> Result<()> {
             .await?;
         // Each round is seen before the next, or the queue would merge them.
         let wanted = before + f64::from(5 * (round + 1));
-        let deadline = tokio::time::Instant::now() + Duration::from_secs(60);
-        while reconciles(context).await? < wanted {
-            ensure!(
-                tokio::time::Instant::now() < deadline,
-                "the operator does not see round {round}"
-            );
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
+        let what = format!("the operator sees round {round}");
+        wait::poll(&what, Duration::from_secs(60), || async {
+            Ok((operator::reconciles(&context.client).await? >= wanted).then_some(()))
+        })
+        .await?;
     }
     let writes = audit::writes(&context.bed, install::USER, mark)?;
     let writes: Vec<_> = writes.into_iter().filter(|write| write.resource != "leases").collect();
@@ -302,52 +364,14 @@ async fn quiet_when_all_is_done(context: &Context) -> Result<()> {
         "nothing was to be done, but the operator wrote {writes:?}"
     );
 
-    for (pod, text) in operator_metrics(context).await? {
-        let bytes = series(&text, "process_resident_memory_bytes").sum::<f64>();
+    for (pod, text) in operator::metrics(&context.client).await? {
+        let bytes = operator::series(&text, "process_resident_memory_bytes").sum::<f64>();
         ensure!(
             bytes > 0.0 && bytes < 64.0 * 1024.0 * 1024.0,
             "{pod} takes {bytes} bytes of memory"
         );
     }
     Ok(())
-}
-
-async fn reconciles(context: &Context) -> Result<f64> {
-    let pods = operator_metrics(context).await?;
-    Ok(pods
-        .iter()
-        .flat_map(|(_, text)| series(text, "strata_operator_reconciles_total"))
-        .sum())
-}
-
-/// `/metrics` of each of the operator's pods, which this machine reaches directly.
-async fn operator_metrics(context: &Context) -> Result<Vec<(String, String)>> {
-    let pods = kube::Api::<Pod>::namespaced(context.client.clone(), install::NAMESPACE);
-    let mut all = Vec::new();
-    for pod in pods
-        .list(&ListParams::default().labels("app.kubernetes.io/name=strata-operator"))
-        .await?
-    {
-        let address = pod
-            .status
-            .as_ref()
-            .and_then(|status| status.pod_ip.clone())
-            .context("the pod has an address")?;
-        let text = reqwest::get(format!("http://{address}:8080/metrics"))
-            .await?
-            .text()
-            .await?;
-        all.push((pod.name_any(), text));
-    }
-    ensure!(!all.is_empty(), "there is an operator");
-    Ok(all)
-}
-
-fn series<'a>(text: &'a str, name: &'a str) -> impl Iterator<Item = f64> + 'a {
-    let ours = move |line: &&str| line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' ']));
-    text.lines()
-        .filter(ours)
-        .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
 }
 
 /// The manifest and the content folder that a status names.
@@ -372,48 +396,4 @@ fn published(artifacts: &Path, status: &RunStatus) -> Result<(Manifest, PathBuf)
         );
     }
     Ok((manifest, content))
-}
-
-/// Distinct longer first human turns of the preference data, from the sample as it lies on the volume beside.
-fn first_turns(artifacts: &Path) -> Result<Vec<String>> {
-    let raw = artifacts.to_string_lossy().replace("-artifacts", "-raw");
-    let path = Path::new(&raw).join("hh-rlhf-harmless-base-test.jsonl.gz");
-    let mut text = String::new();
-    let output = std::process::Command::new("gzip").arg("-dc").arg(&path).output()?;
-    output.stdout.as_slice().read_to_string(&mut text)?;
-    let mut turns = Vec::new();
-    for line in text.lines() {
-        let pair: Value = serde_json::from_str(line)?;
-        let first = pair["chosen"]
-            .as_str()
-            .and_then(|text| text.split("\n\n").nth(1))
-            .unwrap_or_default();
-        let first = first.trim_start_matches("Human: ").to_owned();
-        if first.len() > 40 {
-            turns.push(first);
-        }
-    }
-    Ok(turns)
-}
-
-/// Whether an attempt of the run in `folder` has saved a whole checkpoint.
-fn has_checkpoint(folder: &Path) -> bool {
-    let list = |path: PathBuf| fs::read_dir(path).into_iter().flatten().flatten();
-    list(folder.join("attempts")).any(|attempt| {
-        list(attempt.path().join("checkpoints")).any(|step| !step.file_name().to_string_lossy().ends_with(".partial"))
-    })
-}
-
-/// A file appears on a volume without an event to watch: looks every 200 ms, up to a deadline.
-async fn until_true(what: &str, deadline: Duration, condition: impl Fn() -> bool) -> Result<()> {
-    let end = tokio::time::Instant::now() + deadline;
-    while !condition() {
-        ensure!(
-            tokio::time::Instant::now() < end,
-            "waited {} s until {what}",
-            deadline.as_secs()
-        );
-        tokio::time::sleep(Duration::from_millis(200)).await;
-    }
-    Ok(())
 }
