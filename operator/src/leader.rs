@@ -250,8 +250,8 @@ mod tests {
 
     /// Those of the operator, many times faster.
     const FAST: Times = Times {
-        duration: Duration::from_secs(1),
-        deadline: Duration::from_millis(500),
+        duration: Duration::from_secs(2),
+        deadline: Duration::from_millis(1500),
         pause: Duration::from_millis(50),
     };
 
@@ -279,7 +279,7 @@ mod tests {
         until(&mut first, true).await;
         let (mut second, second_leads) = join(&server, "second").await;
         // It stays the leader for longer than the Lease lasts: it renews.
-        tokio::time::sleep(FAST.duration * 2).await;
+        tokio::time::sleep(FAST.duration + FAST.pause * 10).await;
         assert!(first_leads.leads() && !second_leads.leads());
 
         server.set_down(true);

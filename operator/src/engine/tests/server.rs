@@ -5,6 +5,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 use axum::http::{Method, Request, Response};
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
@@ -13,6 +14,9 @@ use serde_json::{Value, json};
 use tower::util::BoxCloneService;
 
 use crate::fixtures::{bad_report, good_report, merge};
+
+/// Between two looks at whether the server is to answer.
+const PAUSE: Duration = Duration::from_millis(5);
 
 /// The server.
 pub struct Server(Mutex<State>);
@@ -146,7 +150,7 @@ impl Server {
 
     async fn until_up(&self) {
         while self.state().is_down {
-            tokio::task::yield_now().await;
+            tokio::time::sleep(PAUSE).await;
         }
     }
 
@@ -154,7 +158,7 @@ impl Server {
     async fn watch(&self, path: &str) -> Response<Body> {
         let plural = path.rsplit('/').next().expect("a path");
         while !self.state().gone.remove(plural) {
-            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+            tokio::time::sleep(PAUSE).await;
         }
         let event = json!({"type": "ERROR", "object": status(410, "Expired").1});
         Response::new(Body::from(format!("{event}\n").into_bytes()))
