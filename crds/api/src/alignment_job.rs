@@ -4,6 +4,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::common::{above_zero, name_rule};
 use crate::{Checkpoint, Common, Decimal, Gate, ModelSource, Reference, RunStatus, Schedule};
 
 /// A model, aligned with preferences.
@@ -18,6 +19,7 @@ use crate::{Checkpoint, Common, Decimal, Gate, ModelSource, Reference, RunStatus
     derive = "PartialEq",
     shortname = "aj",
     category = "strata",
+    validation = name_rule(),
     validation = Rule::new("!has(self.spec.base.alignmentJob) || self.spec.base.alignmentJob.name != self.metadata.name")
         .message("an AlignmentJob cannot be its own base: name another one in spec.base.alignmentJob"),
     printcolumn(name = "Pairs", type_ = "integer", json_path = ".spec.training.pairs"),
@@ -63,6 +65,7 @@ pub struct Method {
 #[serde(rename_all = "camelCase")]
 pub struct Dpo {
     /// Strength of the pull towards the base model; the larger, the closer the result stays to it.
+    #[schemars(extend("x-kubernetes-validations" = above_zero("0.1")))]
     pub beta: Decimal,
 }
 
@@ -100,6 +103,7 @@ pub struct AlignmentTraining {
     #[schemars(range(min = 1, max = 65536))]
     pub batch_pairs: i32,
     /// Peak learning rate.
+    #[schemars(extend("x-kubernetes-validations" = above_zero("1e-4")))]
     pub learning_rate: Decimal,
     /// Share of the steps that warm up linearly (default 10).
     #[serde(default, skip_serializing_if = "Option::is_none")]

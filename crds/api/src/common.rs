@@ -5,7 +5,7 @@ use std::fmt;
 
 use k8s_openapi::api::core::v1::{EnvVar, LocalObjectReference, ResourceRequirements, Toleration};
 use kube::KubeSchema;
-use kube::core::cel::Rule;
+use kube::core::cel::{Message, Rule};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -19,10 +19,32 @@ pub(crate) fn exactly_one(fields: &[&str]) -> Rule {
     let message = (2..fields.len()).rev().fold(text(fields.len()), |rest, got| {
         format!("{sum} == {got} ? {} : {rest}", text(got))
     });
-    Rule::new(format!("{sum} == 1")).message(kube::core::cel::Message::Expression(format!(
-        "{sum} == 0 ? {} : {message}",
-        text(0)
-    )))
+    Rule::new(format!("{sum} == 1")).message(Message::Expression(format!("{sum} == 0 ? {} : {message}", text(0))))
+}
+
+/// The rule of an object's name; the message is also that of the operator's `check`.
+pub(crate) fn name_rule() -> Rule {
+    Rule::new("self.metadata.name.matches('^[a-z][-a-z0-9]*$') && size(self.metadata.name) <= 48").message(NAME_RULE)
+}
+
+/// What an object's name must be.
+pub const NAME_RULE: &str = "metadata.name must begin with a letter, hold only a-z, 0-9 and '-', and have at most 48 characters: Jobs, Services and labels are named after it";
+
+/// The rule of a decimal number that must be above 0.
+pub(crate) fn above_zero(example: &str) -> [Rule; 1] {
+    let message = format!("must be above 0, such as \"{example}\"");
+    [Rule::new("self.matches('^[0-9.]*[1-9]')").message(Message::Message(message))]
+}
+
+/// The rule of a length of time.
+fn longer_than_zero() -> [Rule; 1] {
+    [Rule::new("self.matches('[1-9]')").message("must be longer than 0, such as 30m")]
+}
+
+/// The rule of a place in storage.
+fn plain_path() -> [Rule; 1] {
+    [Rule::new("!self.matches('^pvc://[^/]+(/.*)?/(/|[.][.]?(/|$))')")
+        .message("the path must not hold '.', '..' or empty parts: write pvc://CLAIM/FOLDER/FILE")]
 }
 
 /// A decimal number, written as a string so that no tool rounds it on its way: `"0.1"`, `"3e-4"`.
@@ -54,7 +76,14 @@ impl fmt::Display for Decimal {
 /// A length of time such as `30s`, `10m`, `1h30m`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(transparent)]
-pub struct Duration(#[schemars(length(max = 32), regex(pattern = r"^([0-9]{1,6}(h|m|s))+$"))] pub String);
+pub struct Duration(
+    #[schemars(
+        length(max = 32),
+        regex(pattern = r"^([0-9]{1,6}(h|m|s))+$"),
+        extend("x-kubernetes-validations" = longer_than_zero())
+    )]
+    pub String,
+);
 
 impl Duration {
     /// The length in seconds; `None` if the text is no duration (the CRD's schema refuses such a text).
@@ -90,7 +119,8 @@ impl From<&str> for Duration {
 pub struct DataUri(
     #[schemars(
         length(max = 512),
-        regex(pattern = r"^pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/[^\s]*)?$")
+        regex(pattern = r"^pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/[^\s]*)?$"),
+        extend("x-kubernetes-validations" = plain_path())
     )]
     pub String,
 );
@@ -187,15 +217,26 @@ pub struct PodOverrides {
     pub resources: Option<ResourceRequirements>,
     /// More environment variables of the container; names that begin with `STRATA_` are Strata's.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[schemars(length(max = 64))]
+    #[schemars(length(max = 64), extend("x-kubernetes-validations" = [
+        Rule::new("self.all(variable, !variable.name.startsWith('STRATA_'))")
+            .message("names that begin with STRATA_ are Strata's: choose another"),
+    ]))]
     pub env: Vec<EnvVar>,
     /// More labels of the pods; names of the group `strata.dev` are Strata's.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    #[schemars(extend("maxProperties" = 32), inner(length(max = 63)))]
+    #[schemars(inner(length(max = 63)), extend("maxProperties" = 32, "x-kubernetes-validations" = [
+        Rule::new("self.all(key, !key.startsWith('strata.dev/') && !(key in ['app.kubernetes.io/name', \
+             'app.kubernetes.io/instance', 'app.kubernetes.io/component', 'app.kubernetes.io/managed-by', \
+             'app.kubernetes.io/part-of']))")
+            .message("keys that begin with strata.dev/, and app.kubernetes.io/name, instance, component, managed-by and part-of, are set by Strata: choose another"),
+    ]))]
     pub labels: BTreeMap<String, String>,
-    /// More annotations of the pods.
+    /// More annotations of the pods; names of the group `strata.dev` are Strata's.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    #[schemars(extend("maxProperties" = 32), inner(length(max = 4096)))]
+    #[schemars(inner(length(max = 4096)), extend("maxProperties" = 32, "x-kubernetes-validations" = [
+        Rule::new("self.all(key, !key.startsWith('strata.dev/'))")
+            .message("keys that begin with strata.dev/ are set by Strata: choose another"),
+    ]))]
     pub annotations: BTreeMap<String, String>,
 }
 

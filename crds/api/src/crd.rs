@@ -9,6 +9,11 @@ use crate::{AlignmentJob, Dataset, InferenceService, PretrainJob};
 /// Largest CRD in bytes of YAML, so that client-side `kubectl apply` (whose annotation holds it all) still works.
 pub const CRD_LIMIT_BYTES: usize = 200 * 1024;
 
+/// Kubernetes' own pattern of quantities, where one is written as a text. The server knows it of built-in kinds only.
+const QUANTITY_PATTERN: &str = r"^(\+|-)?(([0-9]+(\.[0-9]*)?)|(\.[0-9]+))(([KMGTPE]i)|[numkMGTPE]|([eE](\+|-)?(([0-9]+(\.[0-9]*)?)|(\.[0-9]+))))?$";
+/// Longest text of a quantity.
+const QUANTITY_CHARS: u32 = 32;
+
 /// The four CRDs in the order of a model's life, each as the JSON that is written and applied.
 pub fn crds() -> Vec<Value> {
     [
@@ -50,6 +55,10 @@ fn tidy(schema: &mut Value) {
                     && format.starts_with("uint")
                 {
                     map.remove("format");
+                }
+                if map.contains_key("x-kubernetes-int-or-string") {
+                    map.insert("pattern".into(), json!(QUANTITY_PATTERN));
+                    map.insert("maxLength".into(), json!(QUANTITY_CHARS));
                 }
                 if let Some(values) = map.get_mut("enum").and_then(Value::as_array_mut) {
                     values.retain(|value| !value.is_null());

@@ -5,7 +5,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 pub use strata_contract::{Packing, PiiAction, QualityPreset, QualityRule, Task};
 
-use crate::common::exactly_one;
+use crate::common::{exactly_one, name_rule};
 use crate::{Common, DataUri, Decimal, Gate, RunStatus};
 
 /// Raw data, curated, split, encoded and published as one artifact.
@@ -20,6 +20,7 @@ use crate::{Common, DataUri, Decimal, Gate, RunStatus};
     derive = "PartialEq",
     shortname = "dset",
     category = "strata",
+    validation = name_rule(),
     printcolumn(name = "Task", type_ = "string", json_path = ".spec.task"),
     printcolumn(
         name = "Ready",
@@ -128,7 +129,7 @@ pub struct Documents {
     pub format: DocumentFormat,
     /// Text: a document ends at the first blank line after this many bytes; without, a file is one document.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 64, max = 1_073_741_824))]
+    #[schemars(range(min = 64, max = 5_242_880))]
     pub split_bytes: Option<i64>,
     /// Jsonl: the field that holds the text (default `text`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -148,7 +149,7 @@ pub enum DocumentFormat {
     Html,
 }
 
-/// How raw data is cleaned, in the order of the fields.
+/// How raw data is cleaned.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Curate {

@@ -1,15 +1,16 @@
 //! `InferenceService`: a model to an endpoint.
 
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
-use kube::CustomResource;
+use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 pub use strata_contract::QuantizationFormat;
 
+use crate::common::name_rule;
 use crate::{Common, ModelSource, RunStatus};
 
 /// A model, served with the OpenAI API.
-#[derive(CustomResource, Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(CustomResource, Clone, Debug, PartialEq, Serialize, Deserialize, KubeSchema)]
 #[kube(
     group = "strata.dev",
     version = "v1alpha1",
@@ -20,6 +21,7 @@ use crate::{Common, ModelSource, RunStatus};
     derive = "PartialEq",
     shortname = "isvc",
     category = "strata",
+    validation = name_rule(),
     scale(
         spec_replicas_path = ".spec.replicas",
         status_replicas_path = ".status.replicas",
@@ -65,13 +67,14 @@ pub struct InferenceServiceSpec {
     /// The cache of keys and values.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kv_cache: Option<KvCache>,
-    /// Longest sequence in tokens, prompt and answer (default: the model's, at most 4096).
+    /// Longest sequence in tokens, prompt and answer (default: what the model can, but no more than the cache holds).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 16, max = 1_048_576))]
     pub max_sequence_tokens: Option<i32>,
     /// Number of pods (default 1).
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 0, max = 1000))]
+    // In the schema, as the server answers a read of /scale only where the field is there.
+    #[schemars(range(min = 0, max = 1000), extend("default" = 1))]
     pub replicas: Option<i32>,
     /// What all kinds share.
     #[serde(flatten)]

@@ -4,10 +4,11 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::common::{above_zero, name_rule};
 use crate::{Checkpoint, Common, Decimal, Gate, Reference, RunStatus, Schedule};
 
 /// A model, trained from scratch on the token files of data sets.
-#[derive(CustomResource, Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(CustomResource, Clone, Debug, PartialEq, Serialize, Deserialize, KubeSchema)]
 #[kube(
     group = "strata.dev",
     version = "v1alpha1",
@@ -18,6 +19,7 @@ use crate::{Checkpoint, Common, Decimal, Gate, Reference, RunStatus, Schedule};
     derive = "PartialEq",
     shortname = "pj",
     category = "strata",
+    validation = name_rule(),
     printcolumn(name = "Tokens", type_ = "integer", json_path = ".spec.training.tokens"),
     printcolumn(
         name = "Ready",
@@ -44,6 +46,8 @@ use crate::{Checkpoint, Common, Decimal, Gate, Reference, RunStatus, Schedule};
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
 )]
 #[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("self.training.batchTokens >= self.model.llama.contextTokens")
+    .message("training.batchTokens must hold at least one sequence of model.llama.contextTokens"))]
 pub struct PretrainJobSpec {
     /// Data sets to train on; all with the same tokenizer.
     #[schemars(length(min = 1, max = 64), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
@@ -116,6 +120,7 @@ pub struct Training {
     #[schemars(range(min = 16, max = 67_108_864))]
     pub batch_tokens: i64,
     /// Peak learning rate.
+    #[schemars(extend("x-kubernetes-validations" = above_zero("3e-4")))]
     pub learning_rate: Decimal,
     /// Share of the steps that warm up linearly (default 2).
     #[serde(default, skip_serializing_if = "Option::is_none")]
