@@ -177,7 +177,8 @@ pub fn observe(observed: &mut Observed, job: &Job, attempt: Attempt, ended: i64)
         let mut status = json!({"phase": phase});
         merge(&mut status, rest);
         serde_json::from_value(json!({
-            "metadata": {"name": name, "uid": format!("pod-{name}"), "labels": {"batch.kubernetes.io/controller-uid": uid}},
+            "metadata": {"name": name, "uid": format!("pod-{name}"), "ownerReferences": [
+                {"apiVersion": "batch/v1", "kind": "Job", "name": name, "uid": uid, "controller": true}]},
             "spec": {"nodeName": "n1", "containers": [{"name": "strata", "image": IMAGE}]},
             "status": status,
         }))

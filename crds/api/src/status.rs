@@ -19,6 +19,9 @@ pub struct RunStatus {
     /// The last published artifact; replaced only by a new publication.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub artifact: Option<ArtifactStatus>,
+    /// What was published before, the newest first, at most 10: a digest in a reference pins any of them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub previous_artifacts: Vec<ArtifactStatus>,
     /// The run that is under way or that was the last.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub run: Option<RunInfo>,
@@ -58,8 +61,11 @@ pub struct RunInfo {
     pub id: String,
     /// Number of the current attempt, from 1.
     pub attempt: i32,
-    /// Attempts that failed and count against `spec.retries`.
+    /// Attempts that failed and count against `spec.retries`, since the spec last changed.
     pub failures: i32,
+    /// Interruptions in a row of attempts that had hardly begun.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub interruptions: Option<i32>,
     /// Image that the run is pinned to.
     pub image: String,
     /// Job of the current attempt.
@@ -87,6 +93,9 @@ pub struct AttemptFailure {
     pub outcome: AttemptOutcome,
     /// When it ended.
     pub time: Time,
+    /// Generation of the spec that the attempt was made from; a newer one gets a new budget of retries.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub generation: Option<i64>,
 }
 
 /// What follows from the end of an attempt.

@@ -1,4 +1,7 @@
 //! The configuration of a stage, as the operator writes it and the pod reads it.
+//!
+//! A run's id is the hash of its stage's configuration as JSON. So a field that is added here is left out of the JSON where
+//! it has its default (`skip_serializing_if`): otherwise every run there is would be computed again.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -108,7 +111,7 @@ pub struct CurateConfig {
     /// Where the raw data comes from; names are unique.
     pub sources: Vec<Source>,
     /// Keep a document only if it is in one of these languages; empty keeps all.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub languages: Vec<Language>,
     /// Quality filters; absent filters nothing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -131,7 +134,7 @@ pub struct CurateConfig {
     /// What the data set's card says.
     pub card: Card,
     /// What the result must reach.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub gates: Vec<Gate>,
 }
 
@@ -201,7 +204,7 @@ pub struct Quality {
     /// The preset.
     pub preset: QualityPreset,
     /// Thresholds that differ from the preset's, by name; the stage knows the names.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub overrides: Vec<QualityOverride>,
 }
 
@@ -283,13 +286,13 @@ pub enum PiiAction {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Card {
     /// Heading.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub title: String,
     /// What it is.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub description: String,
     /// What it may be used for; shown first.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub notice: String,
 }
 
@@ -327,7 +330,7 @@ pub struct PretrainConfig {
     /// What is saved on the way.
     pub checkpoint: Checkpoint,
     /// What the result must reach.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub gates: Vec<Gate>,
 }
 
@@ -409,7 +412,7 @@ pub struct AlignConfig {
     /// What is saved on the way.
     pub checkpoint: Checkpoint,
     /// What the result must reach.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub gates: Vec<Gate>,
 }
 
@@ -476,7 +479,7 @@ pub struct QuantizeConfig {
     /// Format of the matrices in the result.
     pub format: QuantizationFormat,
     /// What the quantized model must reach on the evaluation set that came with the model.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub gates: Vec<Gate>,
 }
 

@@ -28,6 +28,8 @@ pub enum FailureReason {
     StorageUnwritable,
     /// Training diverged: the loss is not a number.
     Diverged,
+    /// Every checkpoint of the run is damaged.
+    CheckpointCorrupt,
     /// The stage was asked to stop and saved its work.
     Interrupted,
     /// Anything else: a defect of ours or a passing fault.
@@ -37,7 +39,7 @@ pub enum FailureReason {
 
 impl FailureReason {
     /// Every reason, in the order of the docs.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::ConfigInvalid,
         Self::InputNotFound,
         Self::InputUnreadable,
@@ -48,6 +50,7 @@ impl FailureReason {
         Self::StorageFull,
         Self::StorageUnwritable,
         Self::Diverged,
+        Self::CheckpointCorrupt,
         Self::Interrupted,
         Self::Internal,
     ];
@@ -70,19 +73,28 @@ impl FailureReason {
     pub fn remedy(self) -> &'static str {
         match self {
             Self::ConfigInvalid => "Change the spec as the message says.",
-            Self::InputNotFound => "Put the data there, or correct the URI; a change of the spec starts a new run.",
-            Self::InputUnreadable => "Check the volume and the permissions of the data for user 65532.",
+            Self::InputNotFound => {
+                "Put the data there, or correct the URI; when no attempt is left, raise spec.retries."
+            }
+            Self::InputUnreadable => {
+                "Check the volume and the permissions of the data for user 65532; when no attempt is left, raise spec.retries."
+            }
             Self::InputCorrupt => "Replace the damaged file, then raise spec.runGeneration.",
             Self::ArchitectureUnsupported => "Use a model of a family that the message names.",
-            Self::NothingLeft => "Relax spec.curate where the report shows what dropped the documents.",
+            Self::NothingLeft => {
+                "Relax spec.curate where the report shows what dropped the documents, or add data and raise spec.runGeneration."
+            }
             Self::GateFailed => {
                 "Improve data or training, or move the gate; the result is kept in the attempt's folder."
             }
             Self::StorageFull => {
-                "Free space on the volume or give it more; the next attempt goes on from what was saved."
+                "Free space on the volume or give it more; the next attempt goes on from what was saved. When none is left, raise spec.retries."
             }
-            Self::StorageUnwritable => "Check that the volume is mounted read-write for user 65532.",
+            Self::StorageUnwritable => {
+                "Check that the volume is mounted read-write for user 65532; when no attempt is left, raise spec.retries."
+            }
             Self::Diverged => "Lower the learning rate, then apply the changed spec.",
+            Self::CheckpointCorrupt => "Raise spec.runGeneration to start anew; what is damaged stays where it is.",
             Self::Interrupted => "Nothing: the next attempt goes on from what was saved.",
             Self::Internal => "Read the stage's log; if it repeats, report it with that log.",
         }

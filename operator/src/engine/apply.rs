@@ -167,7 +167,9 @@ fn gone(result: Result<(), kube::Error>) -> Result<(), Error> {
 
 async fn set_suspend(client: &Client, owner: &Owner<'_>, job: &JobRef, suspend: bool) -> Result<Job, Error> {
     // The UID in the patch is a precondition: another Job of the same name is not touched.
-    let patch = json!({"metadata": {"uid": job.uid}, "spec": {"suspend": suspend}});
+    let mark = suspend.then_some("true");
+    let metadata = json!({"uid": job.uid, "annotations": {labels::SUSPENDED: mark}});
+    let patch = json!({"metadata": metadata, "spec": {"suspend": suspend}});
     let params = PatchParams {
         field_manager: Some(FIELD_MANAGER.into()),
         ..PatchParams::default()

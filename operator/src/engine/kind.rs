@@ -97,6 +97,8 @@ pub struct Env {
 pub struct Upstream {
     /// What it published last.
     pub artifact: Option<ArtifactStatus>,
+    /// What it published before, the newest first.
+    pub previous: Vec<ArtifactStatus>,
     /// Reason and message of its Ready condition, where that is not True.
     pub not_ready: Option<(String, String)>,
     /// What it refers to itself.

@@ -19,10 +19,13 @@ use crate::workload::pod::{PodParts, template};
 use crate::workload::volume::Claims;
 use crate::workload::{deployment, labels, service};
 
-/// Time that a serving pod has to finish its answers, in seconds; longer than its own `--shutdown-timeout`.
-const SERVE_GRACE_SECONDS: i64 = 60;
-/// Time that the server in the pod gives running answers, in seconds.
-const SHUTDOWN_TIMEOUT_SECONDS: u32 = 25;
+/// Time that the server in the pod goes on as before after it is asked to stop, in seconds: the default of its
+/// `--shutdown-delay`. It is not handed in: pods keep their image, and an older one may not know it.
+const SHUTDOWN_DELAY_SECONDS: i64 = 5;
+/// Time that it gives running answers after that, in seconds.
+const SHUTDOWN_TIMEOUT_SECONDS: i64 = 25;
+/// Time that a serving pod has to stop in, in seconds: both, and as much again for a loaded machine.
+const SERVE_GRACE_SECONDS: i64 = 2 * (SHUTDOWN_DELAY_SECONDS + SHUTDOWN_TIMEOUT_SECONDS);
 
 /// What is wanted of the server.
 pub fn plan(
@@ -83,7 +86,7 @@ fn served(resource: &InferenceService, checked: &Checked, observed: &Observed, n
     };
     let fresh = || {
         let order = checked.order.as_ref().ok()?;
-        let ledger = Ledger::read(&order.run_id, status, observed, now);
+        let ledger = Ledger::read(&order.run_id, order.generation, status, observed, now);
         let Phase::Publishing(report) = phase(order, &ledger, status, observed, now) else {
             return None;
         };

@@ -3,7 +3,8 @@
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ContainerStateTerminated, ContainerStatus, Pod};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
-use k8s_openapi::jiff::Timestamp;
+use k8s_openapi::jiff::{SignedDuration, Timestamp};
+use kube::ResourceExt;
 use strata_api::{AttemptFailure, AttemptOutcome, Reason};
 use strata_contract::{EXIT_BAD_INPUT, EXIT_DONE, EXIT_INTERRUPTED, Report};
 
@@ -11,10 +12,10 @@ use super::label;
 use crate::workload::labels;
 use crate::workload::pod::CONTAINER;
 
-/// Label that the Job controller puts on a Job's pods.
-const CONTROLLER_UID: &str = "batch.kubernetes.io/controller-uid";
 /// Longest part of a foreign text that is quoted, in characters.
 const QUOTE_CHARS: usize = 512;
+/// How much later than promised a pod may stop before its node is taken for lost.
+const STOP_TOLERANCE: SignedDuration = SignedDuration::from_secs(60);
 
 /// How an attempt goes.
 #[derive(Clone, Debug, PartialEq)]
@@ -39,23 +40,31 @@ pub fn finished(job: &Job) -> bool {
     ended(job).is_some()
 }
 
+/// Generation of the spec that a Job was made from.
+fn generation(job: &Job) -> Option<i64> {
+    job.annotations().get(labels::GENERATION)?.parse().ok()
+}
+
+/// Whether a Job is stopped for now, by whomever.
+pub fn is_suspended(job: &Job) -> bool {
+    job.spec.as_ref().and_then(|spec| spec.suspend).unwrap_or(false)
+}
+
 /// The pod of a Job: the last one, as a resumed Job has several.
 pub fn pod_of<'a>(job: &Job, pods: &'a [Pod]) -> Option<&'a Pod> {
     let uid = job.metadata.uid.as_deref()?;
-    let of_job = |pod: &&Pod| {
-        let labels = pod.metadata.labels.as_ref();
-        labels.and_then(|labels| labels.get(CONTROLLER_UID)).map(String::as_str) == Some(uid)
-    };
+    // A label can be put on any pod, and a report is believed: only the Job controller makes itself the owner.
+    let of_job = |pod: &&Pod| pod.owner_references().iter().any(|owner| owner.uid == uid);
     pods.iter()
         .filter(of_job)
         .max_by_key(|pod| pod.metadata.creation_timestamp.clone())
 }
 
 /// How the attempt of `job` goes.
-pub fn state(job: &Job, pods: &[Pod]) -> State {
+pub fn state(job: &Job, pods: &[Pod], now: Timestamp) -> State {
     let pod = pod_of(job, pods);
     let Some(end) = ended(job) else {
-        return going(job, pod);
+        return going(job, pod, now);
     };
     let container = pod.and_then(terminated);
     let report = container
@@ -73,18 +82,20 @@ pub fn state(job: &Job, pods: &[Pod]) -> State {
         message: quote(&message),
         outcome,
         time: end.time,
+        generation: generation(job),
     };
     State::Failed(failure, report.map(Box::new))
 }
 
 /// The attempt that vanished with its Job.
-pub fn vanished(attempt: i32, now: Timestamp) -> AttemptFailure {
+pub fn vanished(attempt: i32, generation: i64, now: Timestamp) -> AttemptFailure {
     AttemptFailure {
         attempt,
         reason: Reason::PodLost.name().into(),
         message: "the Job is gone without a report".into(),
         outcome: AttemptOutcome::Interrupted,
         time: Time(now),
+        generation: Some(generation),
     }
 }
 
@@ -138,8 +149,14 @@ fn judge(
         );
     };
     if let Some((reason, message)) = disruption(pod) {
-        // A pod that outgrew a limit of its own would be evicted again and again: that counts.
-        let own_fault = reason == "TerminationByKubelet" && message.contains("limit");
+        // A pod that outgrew what it asked for would be evicted again and again: that counts.
+        let by_kubelet = reason == "TerminationByKubelet";
+        let outgrew_request = message.contains("was using") && message.contains("request is");
+        if by_kubelet && outgrew_request && message.contains("larger consumption of memory") {
+            let message = format!("{message} Raise spec.pod.resources.requests.memory to what it needs");
+            return (Reason::OutOfMemory, Failed, message);
+        }
+        let own_fault = by_kubelet && (outgrew_request || message.contains("limit"));
         return (Reason::PodLost, if own_fault { Failed } else { Interrupted }, message);
     }
     let Some(container) = container else {
@@ -204,22 +221,31 @@ fn disruption(pod: &Pod) -> Option<(String, String)> {
     Some((condition.reason.clone().unwrap_or_default(), message))
 }
 
-fn going(job: &Job, pod: Option<&Pod>) -> State {
+fn going(job: &Job, pod: Option<&Pod>, now: Timestamp) -> State {
     let Some(pod) = pod else {
+        if is_suspended(job) {
+            let wait = "the Job is suspended: it starts when whatever queues it (Kueue) lets it";
+            return State::Waiting(Reason::Pending, wait.into());
+        }
         let wait =
             "the Job's pod is not there yet; if this lasts, quota or PodSecurity may refuse it: see the Job's events";
         return State::Waiting(Reason::Pending, wait.into());
     };
+    let node = pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref());
+    let node = node.unwrap_or("?");
+    // The time in the mark is the one by which the pod should have stopped.
+    let late = |by: &Time| now.duration_since(by.0) > STOP_TOLERANCE;
+    if pod.metadata.deletion_timestamp.as_ref().is_some_and(late) {
+        let name = pod.name_any();
+        let wait = format!(
+            "pod {name} does not stop, so node {node} may be lost, and two attempts must not run at once: if the node is \
+             gone, delete the Node, or the pod with `kubectl delete pod {name} --force`; the next attempt then starts"
+        );
+        return State::Waiting(Reason::PodLost, wait);
+    }
     match waiting(pod) {
         Some((reason, message)) => State::Waiting(reason, message),
-        None => State::Running(format!(
-            "attempt {} is running on node {}",
-            number(job),
-            pod.spec
-                .as_ref()
-                .and_then(|spec| spec.node_name.as_deref())
-                .unwrap_or("?")
-        )),
+        None => State::Running(format!("attempt {} is running on node {node}", number(job))),
     }
 }
 

@@ -2,11 +2,11 @@
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::ResourceExt;
-use strata_api::{Decimal, PodOverrides, Reason, Reference};
-use strata_contract::{CONTRACT_VERSION, Checkpoint, Gate, Input, Resource, Stage, Uri, hash_canonical};
+use strata_api::{ArtifactStatus, Decimal, InputStatus, PodOverrides, Reason, Reference, RunStatus};
+use strata_contract::{Checkpoint, Gate, Input, Resource, Stage, Uri, hash_canonical};
 
 use super::Runs;
-use crate::engine::kind::{Env, Observed, Ref, Refusal, ResourceKind};
+use crate::engine::kind::{Env, Observed, Ref, Refusal, ResourceKind, Status};
 use crate::workload::job::MAX_RESOURCE_NAME;
 use crate::workload::labels;
 use crate::workload::pod::Sizes;
@@ -76,6 +76,8 @@ pub struct Order {
     pub kind: ResourceKind,
     /// Owner of what is made for it.
     pub owner: OwnerReference,
+    /// Generation of the spec that this was made from.
+    pub generation: i64,
     /// Hash of what determines the result, 16 hexadecimal digits.
     pub run_id: String,
     /// What to do.
@@ -151,12 +153,25 @@ pub fn check<T: Runs>(resource: &T, observed: &Observed, env: &Env) -> Result<Or
     resource.stage(&placeholders).map_err(spec_invalid)?;
     resource.fits(observed).map_err(spec_invalid)?;
 
-    let inputs: Vec<Input> = wanted
+    let none = RunStatus::default();
+    let status = resource.status().map_or(&none, Status::run_status);
+    let run_with = |inputs: Vec<Input>| {
+        let stage = resource.stage(&inputs).map_err(spec_invalid)?;
+        let run_id = run_id(T::RUN_KIND, &stage, common.run_generation.unwrap_or(0));
+        Ok((inputs, stage, run_id))
+    };
+    let inputs: Result<Vec<Input>, Refusal> = wanted
         .iter()
-        .map(|input| resolve(input, &namespace, observed))
-        .collect::<Result<_, _>>()?;
-    let stage = resource.stage(&inputs).map_err(spec_invalid)?;
-    let run_id = run_id(T::RUN_KIND, &stage, common.run_generation.unwrap_or(0));
+        .map(|input| resolve(input, &namespace, status, observed))
+        .collect();
+    let (inputs, stage, run_id) = match inputs {
+        Ok(inputs) => run_with(inputs)?,
+        // What is published stays good when that which it was made from is gone; but nothing new starts from it.
+        Err(refusal) => as_published(&wanted, &namespace, status, observed)
+            .and_then(|inputs| run_with(inputs).ok())
+            .filter(|(.., run_id)| is_published(status, run_id))
+            .ok_or(refusal)?,
+    };
     let output = storage.join(&format!(
         "{namespace}/{}/{name}/{run_id}",
         T::RUN_KIND.name().to_lowercase()
@@ -170,6 +185,7 @@ pub fn check<T: Runs>(resource: &T, observed: &Observed, env: &Env) -> Result<Or
     Ok(Order {
         kind: T::RUN_KIND,
         owner: owner(resource),
+        generation: resource.meta().generation.unwrap_or(0),
         run_id,
         inputs,
         stage,
@@ -208,13 +224,14 @@ fn check_name(name: &str) -> Result<(), String> {
     if plain && name.len() <= MAX_RESOURCE_NAME && name.starts_with(|c: char| c.is_ascii_lowercase()) {
         return Ok(());
     }
-    Err(format!(
-        "metadata.name must begin with a letter, hold only a-z, 0-9 and '-', and have at most {MAX_RESOURCE_NAME} \
-         characters: Jobs, Services and labels are named after it"
-    ))
+    Err(strata_api::NAME_RULE.into())
 }
 
-fn check_pod(pod: &PodOverrides) -> Result<(), String> {
+/// Judges what a user sets on pods.
+///
+/// # Errors
+/// A sentence that says what to write instead.
+pub fn check_pod(pod: &PodOverrides) -> Result<(), String> {
     if let Some(variable) = pod.env.iter().find(|variable| variable.name.starts_with("STRATA_")) {
         return Err(format!(
             "spec.pod.env: {} is Strata's: choose a name that does not begin with STRATA_",
@@ -271,16 +288,29 @@ fn placeholder(input: &InputRef) -> Result<Input, String> {
     })
 }
 
-fn resolve(input: &InputRef, namespace: &str, observed: &Observed) -> Result<Input, Refusal> {
+/// Whether what is published is of the run `run_id`.
+pub fn is_published(status: &RunStatus, run_id: &str) -> bool {
+    status
+        .artifact
+        .as_ref()
+        .is_some_and(|artifact| artifact.run_id == run_id)
+}
+
+fn resolve(input: &InputRef, namespace: &str, status: &RunStatus, observed: &Observed) -> Result<Input, Refusal> {
     let (from, pinned) = match &input.source {
         Source::Artifact { from, digest } => (from, digest),
         Source::Plain(_) => return placeholder(input).map_err(|message| Refusal::Spec(Reason::SpecInvalid, message)),
     };
+    // A digest says all: what was read under it once is known, whatever became of its resource since.
+    let known = |known: &&InputStatus| known.digest == *pinned && known.resource == Some(from.to_string());
+    if let Some(known) = status.inputs.iter().find(known).filter(|_| pinned.is_some()) {
+        return artifact(input, from, namespace, &known.uri, pinned.clone(), None);
+    }
     let Some(upstream) = observed.upstream.get(from) else {
         let message = format!("{from} ({}) does not exist: apply it, or correct the name", input.name);
         return Err(Refusal::Inputs(Reason::ReferenceNotFound, message));
     };
-    let Some(artifact) = &upstream.artifact else {
+    let Some(last) = &upstream.artifact else {
         let why = match &upstream.not_ready {
             Some((reason, message)) => format!("{reason}: {message}"),
             None => "no status yet".into(),
@@ -288,16 +318,32 @@ fn resolve(input: &InputRef, namespace: &str, observed: &Observed) -> Result<Inp
         let message = format!("waiting for {from} to publish ({why})");
         return Err(Refusal::Inputs(Reason::WaitingForInput, message));
     };
-    if let Some(pinned) = pinned
-        && *pinned != artifact.digest
-    {
+    let mut all = std::iter::once(last).chain(&upstream.previous);
+    let wanted = |published: &&ArtifactStatus| pinned.as_ref().is_none_or(|pinned| *pinned == published.digest);
+    let found = all.find(wanted).ok_or_else(|| {
         let message = format!(
-            "{from} published {}, not the pinned {pinned}: correct the digest or leave it out",
-            artifact.digest
+            "{from} published {} last, and none of the {} before that it remembers has the pinned digest {}: correct it, \
+             or leave it out",
+            last.digest,
+            upstream.previous.len(),
+            pinned.as_deref().unwrap_or_default(),
         );
-        return Err(Refusal::Inputs(Reason::DigestNotFound, message));
-    }
-    let uri = artifact.uri.parse().map_err(|error| {
+        Refusal::Inputs(Reason::DigestNotFound, message)
+    })?;
+    let bytes = u64::try_from(found.bytes).ok();
+    artifact(input, from, namespace, &found.uri, Some(found.digest.clone()), bytes)
+}
+
+/// The input that an artifact of `from` is.
+fn artifact(
+    input: &InputRef,
+    from: &Ref,
+    namespace: &str,
+    uri: &str,
+    digest: Option<String>,
+    bytes: Option<u64>,
+) -> Result<Input, Refusal> {
+    let uri = uri.parse().map_err(|error| {
         Refusal::Inputs(
             Reason::WaitingForInput,
             format!("the artifact of {from} has no usable address: {error}"),
@@ -306,8 +352,8 @@ fn resolve(input: &InputRef, namespace: &str, observed: &Observed) -> Result<Inp
     Ok(Input {
         name: input.name.clone(),
         uri,
-        digest: Some(artifact.digest.clone()),
-        bytes: u64::try_from(artifact.bytes).ok(),
+        digest,
+        bytes,
         resource: Some(Resource {
             kind: from.kind.name().into(),
             namespace: namespace.into(),
@@ -316,7 +362,31 @@ fn resolve(input: &InputRef, namespace: &str, observed: &Observed) -> Result<Inp
     })
 }
 
+/// The inputs, where one is not to be had as it was when the last artifact was made from it.
+fn as_published(wanted: &[InputRef], namespace: &str, status: &RunStatus, observed: &Observed) -> Option<Vec<Input>> {
+    let remembered = |input: &InputRef| {
+        // What is pinned is that or nothing.
+        let Source::Artifact { from, digest: None } = &input.source else {
+            return None;
+        };
+        let known = |known: &&InputStatus| known.name == input.name && known.resource == Some(from.to_string());
+        let known = status.inputs.iter().find(known)?;
+        artifact(input, from, namespace, &known.uri, known.digest.clone(), None).ok()
+    };
+    wanted
+        .iter()
+        .map(|input| {
+            resolve(input, namespace, status, observed)
+                .ok()
+                .or_else(|| remembered(input))
+        })
+        .collect()
+}
+
 /// Hash of what determines the result: the stage without what only says where things are or how often to save.
+///
+/// Whoever adds a field to a stage's configuration leaves it out of the JSON where it has its default
+/// (`skip_serializing_if`): otherwise every run there is gets another id, and is computed again.
 fn run_id(kind: ResourceKind, stage: &Stage, run_generation: i64) -> String {
     let mut stage = stage.clone();
     let fixed = Checkpoint {
@@ -347,7 +417,6 @@ fn run_id(kind: ResourceKind, stage: &Stage, run_generation: i64) -> String {
         }
     }
     let mut hash = hash_canonical(&serde_json::json!({
-        "contractVersion": CONTRACT_VERSION,
         "kind": kind.name(),
         "stage": stage,
         "runGeneration": run_generation,

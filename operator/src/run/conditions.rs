@@ -29,13 +29,14 @@ impl Finding {
     }
 }
 
-/// The conditions with `Ready` last: the first that is not True gives it its reason, or else the last.
+/// The conditions with `Ready` last: the first that needs a person gives it its reason, else the first that does not
+/// hold, else the last.
 ///
 /// A condition whose status is as before keeps its transition time, so that equal findings give equal conditions.
 pub fn merge(findings: &[Finding], before: &[Condition], generation: Option<i64>, now: Timestamp) -> Vec<Condition> {
-    let decisive = findings
-        .iter()
-        .find(|finding| finding.reason.verdict() != Verdict::True)
+    let first = |verdict: Verdict| findings.iter().find(|finding| finding.reason.verdict() == verdict);
+    let decisive = first(Verdict::False)
+        .or_else(|| first(Verdict::Unknown))
         .or(findings.last());
     let ready = decisive.map(|finding| Finding::new(ConditionType::Ready, finding.reason, finding.message.clone()));
     findings

@@ -73,6 +73,9 @@ pub fn upstream<T: Runs>(resource: &T) -> Upstream {
     let ready = status.and_then(|status| status.conditions.iter().find(|condition| condition.type_ == "Ready"));
     Upstream {
         artifact: status.and_then(|status| status.artifact.clone()),
+        previous: status
+            .map(|status| status.previous_artifacts.clone())
+            .unwrap_or_default(),
         not_ready: ready
             .filter(|ready| ready.status != "True")
             .map(|ready| (ready.reason.clone(), ready.message.clone())),

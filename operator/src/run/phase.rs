@@ -24,6 +24,7 @@ use strata_api::{AttemptFailure, AttemptOutcome, Reason, RunStatus};
 use strata_contract::Report;
 
 use super::attempt::{self, State};
+use super::check::is_published;
 use super::{Order, label};
 use crate::engine::kind::Observed;
 use crate::workload::labels;
@@ -34,6 +35,10 @@ const FIRST_PAUSE: Duration = Duration::from_secs(10);
 const LONGEST_PAUSE: Duration = Duration::from_secs(300);
 /// Longest pause after an interruption, which costs no retry.
 const LONGEST_INTERRUPTION_PAUSE: Duration = Duration::from_secs(60);
+/// An attempt that was interrupted after less than this has hardly got on.
+const SHORT_ATTEMPT: SignedDuration = SignedDuration::from_mins(5);
+/// Interruptions in a row of short attempts; from the next one on they count as failures, or they could go on for ever.
+const FREE_INTERRUPTIONS: i32 = 20;
 
 /// Where a run stands.
 #[derive(Clone, Debug, PartialEq)]
@@ -73,8 +78,10 @@ pub enum Phase {
 pub struct Ledger {
     /// Number of the last attempt; 0 before the first.
     pub attempt: i32,
-    /// Attempts that count as failed.
+    /// Attempts that count as failed, since the spec last changed.
     pub failures: i32,
+    /// Short attempts in a row that were interrupted.
+    pub interruptions: i32,
     /// Image of the run; empty before the first attempt.
     pub image: String,
     /// Job of the last attempt, if it is still there.
@@ -88,12 +95,13 @@ pub struct Ledger {
 }
 
 impl Ledger {
-    /// Reads the attempts of the run `run_id` from the status and the Jobs.
-    pub fn read(run_id: &str, status: &RunStatus, observed: &Observed, now: Timestamp) -> Self {
+    /// Reads the attempts of the run `run_id` from the status and the Jobs; `generation` is the spec's.
+    pub fn read(run_id: &str, generation: i64, status: &RunStatus, observed: &Observed, now: Timestamp) -> Self {
         let mut ledger = Self::default();
         if let Some(run) = status.run.as_ref().filter(|run| run.id == run_id) {
             ledger.attempt = run.attempt;
             ledger.failures = run.failures;
+            ledger.interruptions = run.interruptions.unwrap_or(0);
             ledger.image = run.image.clone();
             ledger.failure = run.failure.clone();
         }
@@ -104,14 +112,15 @@ impl Ledger {
             .collect();
         jobs.sort_by_key(|job| attempt::number(job));
         for job in jobs {
-            ledger.observe(job, observed);
+            ledger.observe(job, observed, now);
         }
+        ledger.forgive(Some(generation));
         let judged = ledger
             .failure
             .as_ref()
             .is_some_and(|failure| failure.attempt == ledger.attempt);
         if ledger.attempt > 0 && ledger.state.is_none() && !judged {
-            ledger.failure = Some(attempt::vanished(ledger.attempt, now));
+            ledger.end(attempt::vanished(ledger.attempt, generation, now), None);
         }
         ledger
     }
@@ -123,7 +132,31 @@ impl Ledger {
             .is_some_and(|current| current.metadata.uid == job.metadata.uid)
     }
 
-    fn observe(&mut self, job: &Job, observed: &Observed) {
+    /// The budget is that of one generation of the spec: who raises a memory limit, or the budget itself, wants to see
+    /// it tried. What was saved stays, as the run is the same.
+    fn forgive(&mut self, generation: Option<i64>) {
+        let spent = self.failure.as_ref().and_then(|failure| failure.generation);
+        if spent.is_some() && generation > spent {
+            self.failures = 0;
+        }
+    }
+
+    /// Counts an attempt that gave no result, and lasted this long.
+    fn end(&mut self, mut failure: AttemptFailure, lasted: Option<SignedDuration>) {
+        self.forgive(failure.generation);
+        if failure.outcome == AttemptOutcome::Interrupted {
+            let is_short = lasted.is_none_or(|lasted| lasted < SHORT_ATTEMPT);
+            self.interruptions = if is_short { self.interruptions + 1 } else { 0 };
+            if self.interruptions > FREE_INTERRUPTIONS {
+                failure.outcome = AttemptOutcome::Failed;
+                failure.message = format!("{} ({} interruptions in a row)", failure.message, self.interruptions);
+            }
+        }
+        self.failures += i32::from(failure.outcome != AttemptOutcome::Interrupted);
+        self.failure = Some(failure);
+    }
+
+    fn observe(&mut self, job: &Job, observed: &Observed, now: Timestamp) {
         let number = attempt::number(job);
         let judged = self.failure.as_ref().is_some_and(|failure| failure.attempt >= number);
         if number < self.attempt || judged {
@@ -135,10 +168,11 @@ impl Ledger {
         }
         self.state = None;
         self.report = None;
-        match attempt::state(job, &observed.pods) {
+        match attempt::state(job, &observed.pods, now) {
             State::Failed(failure, report) => {
-                self.failures += i32::from(failure.outcome != AttemptOutcome::Interrupted);
-                self.failure = Some(failure);
+                let began = job.status.as_ref().and_then(|status| status.start_time.as_ref());
+                let lasted = began.map(|began| failure.time.0.duration_since(began.0));
+                self.end(failure, lasted);
                 self.report = report;
             }
             state => self.state = Some(state),
@@ -159,11 +193,7 @@ fn is_active(job: &Job) -> bool {
 
 /// Where the run that `order` asks for stands.
 pub fn phase(order: &Order, ledger: &Ledger, status: &RunStatus, observed: &Observed, now: Timestamp) -> Phase {
-    if status
-        .artifact
-        .as_ref()
-        .is_some_and(|artifact| artifact.run_id == order.run_id)
-    {
+    if is_published(status, &order.run_id) {
         return Phase::Published;
     }
     if let Some(State::Published(report)) = &ledger.state {
@@ -221,11 +251,7 @@ fn pause(ledger: &Ledger) -> SignedDuration {
         .as_ref()
         .is_some_and(|failure| failure.outcome == AttemptOutcome::Interrupted);
     let (first, times, longest) = match interrupted {
-        true => (
-            Duration::from_secs(1),
-            ledger.attempt - ledger.failures,
-            LONGEST_INTERRUPTION_PAUSE,
-        ),
+        true => (Duration::from_secs(1), ledger.interruptions, LONGEST_INTERRUPTION_PAUSE),
         false => (FIRST_PAUSE, ledger.failures, LONGEST_PAUSE),
     };
     let doublings = u32::try_from(times - 1).unwrap_or(0).min(16);

@@ -2,6 +2,7 @@
 
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::jiff::Timestamp;
+use kube::ResourceExt;
 use strata_api::RunStatus;
 use strata_contract::{CONTRACT_VERSION, Run, StageConfig};
 
@@ -16,18 +17,15 @@ const KEPT_JOBS: usize = 3;
 /// What is wanted of the server for the run of `resource`.
 pub fn plan<T: Runs>(resource: &T, checked: Result<&Order, &Refusal>, observed: &Observed, now: Timestamp) -> Planned {
     let Ok(order) = checked else {
-        // What runs goes on: its inputs were good when it started. Only a stop is obeyed.
-        return match resource.common().suspend {
-            Some(true) => Planned {
-                suspend: toggles(observed, true),
-                ..Planned::default()
-            },
-            _ => Planned::default(),
+        // What runs goes on: its inputs were good when it started. Only `suspend` is obeyed.
+        return Planned {
+            suspend: toggles(observed, resource.common().suspend.unwrap_or(false)),
+            ..Planned::default()
         };
     };
     let none = RunStatus::default();
     let status = resource.status().map_or(&none, Status::run_status);
-    let ledger = Ledger::read(&order.run_id, status, observed, now);
+    let ledger = Ledger::read(&order.run_id, order.generation, status, observed, now);
     let phase = phase(order, &ledger, status, observed, now);
     let mut planned = Planned {
         delete: prune(order, &phase, status, observed),
@@ -67,6 +65,7 @@ fn start(order: &Order, attempt: i32, image: &str) -> (k8s_openapi::api::core::v
         kind: order.kind,
         owner: &order.owner,
         config: &config,
+        generation: order.generation,
         image,
         deadline_seconds: order.deadline_seconds,
         claims: &order.claims,
@@ -79,13 +78,14 @@ fn is_deleting(job: &Job) -> bool {
     job.metadata.deletion_timestamp.is_some()
 }
 
-/// Unfinished Jobs whose `spec.suspend` is not what is wanted.
+/// Unfinished Jobs whose `spec.suspend` is not what is wanted. A Job that somebody else suspended waits for them.
 fn toggles(observed: &Observed, wanted: bool) -> Vec<(JobRef, bool)> {
-    let is_suspended = |job: &Job| job.spec.as_ref().and_then(|spec| spec.suspend).unwrap_or(false);
+    let is_ours = |job: &Job| job.annotations().contains_key(labels::SUSPENDED);
     observed
         .jobs
         .iter()
-        .filter(|job| !attempt::finished(job) && !is_deleting(job) && is_suspended(job) != wanted)
+        .filter(|job| !attempt::finished(job) && !is_deleting(job) && attempt::is_suspended(job) != wanted)
+        .filter(|job| wanted || is_ours(job))
         .filter_map(|job| Some((job_ref(job)?, wanted)))
         .collect()
 }

@@ -11,6 +11,7 @@ use strata_api::{
 use strata_contract::{Input, Progress, Report};
 
 use super::attempt::{self, State};
+use super::check::is_published;
 use super::conditions::{Finding, merge, reason, whole_seconds};
 use super::phase::{Ledger, Phase, phase};
 use super::{Order, Runs};
@@ -18,6 +19,8 @@ use crate::engine::kind::{Observed, Refusal, Status};
 
 /// How often a running attempt is asked for its progress.
 pub const PROGRESS_PERIOD: Duration = Duration::from_secs(30);
+/// Earlier artifacts that a status remembers, so that a digest can pin them.
+const KEPT_ARTIFACTS: usize = 10;
 
 /// What there is to say about a run; [`Judged::finish`] makes it a status.
 #[derive(Debug)]
@@ -50,26 +53,24 @@ pub fn judge<T: Runs>(resource: &T, checked: Result<&Order, &Refusal>, observed:
     status.observed_generation = resource.meta().generation;
     let order = match checked {
         Ok(order) => order,
-        Err(refusal) => {
-            status.progress = None;
-            return Judged {
-                status,
-                findings: refused(refusal),
-                requeue: None,
-            };
-        }
+        Err(refusal) => return goes_on(refusal, status, observed, now),
     };
-    let ledger = Ledger::read(&order.run_id, &before, observed, now);
+    let ledger = Ledger::read(&order.run_id, order.generation, &before, observed, now);
     let phase = phase(order, &ledger, &before, observed, now);
 
-    status.progress = progress(&phase, &ledger, observed, &before);
+    let is_running = matches!(phase, Phase::Active(State::Running(_)));
+    status.progress = progress(&ledger, observed, &before).filter(|_| is_running);
     // What is published needs no Job any more: that one is gone says nothing.
     if ledger.attempt > 0 && phase != Phase::Published {
-        status.run = Some(run_info(order, &ledger, &phase, &before, now));
+        let mut run = run_info(&order.run_id, &ledger, &before);
+        if phase == Phase::Repin {
+            run.failure = Some(repin(order, &ledger, now));
+        }
+        status.run = Some(run);
     }
     let is_new_run = status.run.as_ref().map(|run| &run.id) != before.run.as_ref().map(|run| &run.id);
     match (&phase, &ledger.report) {
-        (Phase::Publishing(report), _) => publish(&mut status, order, report),
+        (Phase::Publishing(report), _) => publish(&mut status, &order.run_id, &order.inputs, report),
         (_, Some(report)) => status.gates = gates(report),
         (_, None) if is_new_run => status.gates = Vec::new(),
         _ => {}
@@ -97,50 +98,85 @@ pub fn judge<T: Runs>(resource: &T, checked: Result<&Order, &Refusal>, observed:
     }
 }
 
-fn refused(refusal: &Refusal) -> Vec<Finding> {
+/// What is refused starts nothing; but the attempt under way goes on with the inputs that it began with, and how it ends
+/// is not lost.
+fn goes_on(refusal: &Refusal, before: RunStatus, observed: &Observed, now: Timestamp) -> Judged {
+    let mut status = before.clone();
+    status.progress = None;
+    let (mut running, mut requeue) = (None, None);
+    if let Some(run) = before.run.as_ref().filter(|run| !is_published(&before, &run.id)) {
+        let generation = before.observed_generation.unwrap_or(0);
+        let ledger = Ledger::read(&run.id, generation, &before, observed, now);
+        status.run = Some(run_info(&run.id, &ledger, &before));
+        match (&ledger.state, &ledger.report) {
+            (Some(State::Published(report)), _) => {
+                publish(&mut status, &run.id, &[], report);
+                // The status now knows the inputs, and may be found good with them.
+                requeue = Some(Duration::from_secs(1));
+            }
+            (Some(State::Running(message)), _) => {
+                status.progress = progress(&ledger, observed, &before);
+                running = Some(message.clone());
+                requeue = Some(PROGRESS_PERIOD);
+            }
+            (_, Some(report)) => status.gates = gates(report),
+            _ => {}
+        }
+    }
+    Judged {
+        status,
+        findings: refused(refusal, running),
+        requeue,
+    }
+}
+
+fn refused(refusal: &Refusal, running: Option<String>) -> Vec<Finding> {
     use ConditionType::{Accepted, InputsReady, Succeeded};
     let blocked = |kind: ConditionType, by: &str| Finding::new(kind, Reason::Blocked, format!("see condition {by}"));
+    let succeeded = |by: &str| match running {
+        Some(message) => Finding::new(Succeeded, Reason::Running, message),
+        None => blocked(Succeeded, by),
+    };
     match refusal {
         Refusal::Spec(reason, message) => vec![
             Finding::new(Accepted, *reason, message.clone()),
             blocked(InputsReady, "Accepted"),
-            blocked(Succeeded, "Accepted"),
+            succeeded("Accepted"),
         ],
         Refusal::Inputs(reason, message) => vec![
             Finding::new(Accepted, Reason::SpecAccepted, "the spec can be carried out"),
             Finding::new(InputsReady, *reason, message.clone()),
-            blocked(Succeeded, "InputsReady"),
+            succeeded("InputsReady"),
         ],
     }
 }
 
-fn run_info(order: &Order, ledger: &Ledger, phase: &Phase, before: &RunStatus, now: Timestamp) -> RunInfo {
-    let known = before.run.as_ref().filter(|run| run.id == order.run_id);
-    let report = match phase {
-        Phase::Publishing(report) => Some(report),
+/// Written before the Job is gone: the next attempt then takes the operator's image.
+fn repin(order: &Order, ledger: &Ledger, now: Timestamp) -> AttemptFailure {
+    AttemptFailure {
+        attempt: ledger.attempt,
+        reason: Reason::ImagePullFailed.name().into(),
+        message: format!(
+            "{} cannot be pulled; the next attempt takes {}",
+            ledger.image, order.image
+        ),
+        outcome: AttemptOutcome::Interrupted,
+        time: whole_seconds(now),
+        generation: Some(order.generation),
+    }
+}
+
+fn run_info(run_id: &str, ledger: &Ledger, before: &RunStatus) -> RunInfo {
+    let known = before.run.as_ref().filter(|run| run.id == run_id);
+    let report = match &ledger.state {
+        Some(State::Published(report)) => Some(report),
         _ => ledger.report.as_ref(),
     };
-    let failure = match phase {
-        // Written before the Job is gone: the next attempt then takes the operator's image.
-        Phase::Repin => Some(AttemptFailure {
-            attempt: ledger.attempt,
-            reason: Reason::ImagePullFailed.name().into(),
-            message: format!(
-                "{} cannot be pulled; the next attempt takes {}",
-                ledger.image, order.image
-            ),
-            outcome: AttemptOutcome::Interrupted,
-            time: whole_seconds(now),
-        }),
-        _ => ledger.failure.clone().map(|failure| AttemptFailure {
-            time: whole_seconds(failure.time.0),
-            ..failure
-        }),
-    };
     RunInfo {
-        id: order.run_id.clone(),
+        id: run_id.to_owned(),
         attempt: ledger.attempt,
         failures: ledger.failures,
+        interruptions: Some(ledger.interruptions).filter(|count| *count > 0),
         image: ledger.image.clone(),
         job: ledger
             .job
@@ -151,25 +187,36 @@ fn run_info(order: &Order, ledger: &Ledger, phase: &Phase, before: &RunStatus, n
             .and_then(|report| report.resumed_from_step)
             .and_then(|step| i64::try_from(step).ok())
             .or_else(|| known.and_then(|run| run.resumed_from_step)),
-        failure,
+        failure: ledger.failure.clone().map(|failure| AttemptFailure {
+            time: whole_seconds(failure.time.0),
+            ..failure
+        }),
     }
 }
 
-fn publish(status: &mut RunStatus, order: &Order, report: &Report) {
+fn publish(status: &mut RunStatus, run_id: &str, handed_in: &[Input], report: &Report) {
     let Some(artifact) = &report.artifact else { return };
-    status.artifact = Some(ArtifactStatus {
+    let previous = status.artifact.replace(ArtifactStatus {
         uri: artifact.uri.to_string(),
         digest: artifact.digest.clone(),
         bytes: i64::try_from(artifact.bytes).unwrap_or(i64::MAX),
-        run_id: order.run_id.clone(),
+        run_id: run_id.to_owned(),
     });
-    // A report that had to be shortened has no inputs: then they are what was handed in.
-    let inputs = if report.inputs.is_empty() {
-        &order.inputs
-    } else {
-        &report.inputs
+    status.previous_artifacts.splice(..0, previous);
+    status
+        .previous_artifacts
+        .retain(|previous| previous.digest != artifact.digest);
+    status.previous_artifacts.truncate(KEPT_ARTIFACTS);
+    // A report that had to be shortened has no inputs, or not their resources: then they are what was handed in.
+    let resource_of = |name: &str| handed_in.iter().find(|input| input.name == name)?.resource.clone();
+    let read = report.inputs.iter().map(|input| Input {
+        resource: input.resource.clone().or_else(|| resource_of(&input.name)),
+        ..input.clone()
+    });
+    status.inputs = match report.inputs.is_empty() {
+        true => handed_in.iter().map(input).collect(),
+        false => read.map(|read| input(&read)).collect(),
     };
-    status.inputs = inputs.iter().map(input).collect();
     let finite = report.metrics.iter().filter(|(_, value)| value.is_finite());
     status.metrics = finite.map(|(name, value)| (name.clone(), value.to_string())).collect();
     status.gates = gates(report);
@@ -196,10 +243,7 @@ fn gates(report: &Report) -> Vec<GateStatus> {
     report.gates.iter().map(gate).collect()
 }
 
-fn progress(phase: &Phase, ledger: &Ledger, observed: &Observed, before: &RunStatus) -> Option<ProgressStatus> {
-    let Phase::Active(State::Running(_)) = phase else {
-        return None;
-    };
+fn progress(ledger: &Ledger, observed: &Observed, before: &RunStatus) -> Option<ProgressStatus> {
     let pod = ledger.job.as_ref().and_then(|job| attempt::pod_of(job, &observed.pods));
     let known = pod.and_then(|pod| observed.progress.get(pod.metadata.uid.as_deref()?));
     // A stage that has just started knows no total yet.
@@ -267,7 +311,7 @@ fn succeeded(order: &Order, phase: &Phase, ledger: &Ledger, before: &RunStatus) 
             let why = reason(&failure.reason).unwrap_or(Reason::Internal);
             let last = match failure.outcome {
                 AttemptOutcome::Fatal => "another would end the same way",
-                _ => "spec.retries are used up",
+                _ => "no attempt of spec.retries is left; a change of the spec, such as more of them, gives new ones",
             };
             let message = format!(
                 "attempt {} failed: {} ({last}). {}",

@@ -1,12 +1,15 @@
 //! What a run decides, as tables: how an attempt ended and what follows, what is started, kept and deleted.
 
+mod ends;
+mod ids;
+
 use serde_json::json;
 use strata_api::{AttemptOutcome, Reason, RunStatus};
 use strata_contract::FailureReason;
 
 use super::attempt::{State, state};
 use super::phase::{Ledger, Phase, phase};
-use super::{Order, check, plan, report};
+use super::{Order, check, label, plan, report};
 use crate::engine::kind::{Kind, Observed, ResourceKind};
 use crate::fixtures::{
     Attempt, IMAGE, NOW, at, at_attempt, attempt_of, bad_report, dataset, env, good_report, observe, published, started,
@@ -23,7 +26,7 @@ fn job_of(attempt: i32) -> k8s_openapi::api::batch::v1::Job {
     let mut status = at_attempt(&id, attempt - 1, 0);
     if attempt > 1 {
         let run = status.run.as_mut().expect("set above");
-        run.failure = Some(super::attempt::vanished(attempt - 1, at(NOW - 10_000)));
+        run.failure = Some(super::attempt::vanished(attempt - 1, 1, at(NOW - 10_000)));
         resource.status = Some(status);
     }
     let checked = Ok(order(json!({})));
@@ -86,7 +89,7 @@ fn how_an_attempt_ended_decides_what_follows() {
     ] {
         let mut observed = Observed::default();
         observe(&mut observed, &job_of(1), attempt, 5);
-        match state(&observed.jobs[0], &observed.pods) {
+        match state(&observed.jobs[0], &observed.pods, at(NOW)) {
             State::Failed(failure, _) => {
                 assert_eq!((failure.reason.as_str(), failure.outcome), (reason.name(), outcome));
                 assert_eq!(failure.time.0, at(NOW - 5), "{failure:?}");
@@ -120,7 +123,7 @@ fn what_holds_a_pod_is_quoted() {
     ] {
         let mut observed = Observed::default();
         observe(&mut observed, &job_of(1), attempt, 0);
-        match state(&observed.jobs[0], &observed.pods) {
+        match state(&observed.jobs[0], &observed.pods, at(NOW)) {
             State::Waiting(got, message) => {
                 assert_eq!(got, reason);
                 assert!(message.contains(quote), "{message}");
@@ -135,7 +138,7 @@ fn phase_after(change: serde_json::Value, status: &RunStatus, attempt: i32, how:
     let mut observed = Observed::default();
     observe(&mut observed, &job_of(attempt), how, ended);
     let order = order(change);
-    let ledger = Ledger::read(&order.run_id, status, &observed, at(NOW));
+    let ledger = Ledger::read(&order.run_id, 1, status, &observed, at(NOW));
     phase(&order, &ledger, status, &observed, at(NOW))
 }
 
@@ -217,10 +220,11 @@ fn a_lost_status_is_made_again_from_the_jobs_and_a_lost_job_is_an_interruption()
     observe(&mut observed, &job_of(2), fails(), 400);
     observe(&mut observed, &job_of(3), Attempt::Running, 0);
     let order = order(json!({}));
-    let ledger = Ledger::read(&order.run_id, &RunStatus::default(), &observed, at(NOW));
+    let ledger = Ledger::read(&order.run_id, 1, &RunStatus::default(), &observed, at(NOW));
     assert_eq!((ledger.attempt, ledger.failures, ledger.image.as_str()), (3, 2, IMAGE));
     let lost = Ledger::read(
         &order.run_id,
+        1,
         &at_attempt(&order.run_id, 3, 2),
         &Observed::default(),
         at(NOW),
@@ -270,7 +274,7 @@ fn a_run_keeps_its_image_unless_that_cannot_be_pulled() {
         let mut order = order(json!({}));
         order.image = "strata-runtime:2".into();
         let status = at_attempt(&id, 1, 0);
-        let ledger = Ledger::read(&id, &status, &observed, at(NOW));
+        let ledger = Ledger::read(&id, 1, &status, &observed, at(NOW));
         phase(&order, &ledger, &status, &observed, at(NOW))
     };
     assert!(matches!(newer(Attempt::Running), Phase::Active(State::Running(_))));
@@ -337,6 +341,12 @@ fn suspend_stops_the_job_and_false_lets_it_go_on() {
         .pop()
         .expect("Ready is last");
     assert_eq!((ready.reason.as_str(), ready.status.as_str()), ("Suspended", "Unknown"));
+    let mark = ("strata.dev/suspended".to_owned(), "true".to_owned());
+    observed.jobs[0]
+        .metadata
+        .annotations
+        .get_or_insert_default()
+        .extend([mark]);
     let resumed = dataset("d", json!({}));
     let checked = resumed.check(&observed, &env());
     let planned = resumed.plan(&checked, &observed, at(NOW));

@@ -26,6 +26,8 @@ pub struct JobParts<'a> {
     pub owner: &'a OwnerReference,
     /// What the stage is to do.
     pub config: &'a StageConfig,
+    /// Generation of the resource's spec.
+    pub generation: i64,
     /// Image of the run.
     pub image: &'a str,
     /// Longest time for the attempt.
@@ -114,8 +116,12 @@ pub fn build(parts: &JobParts<'_>) -> (ConfigMap, Job) {
         restart_policy: Some("Never"),
         overrides: parts.overrides,
     });
+    let generation = (labels::GENERATION.to_owned(), parts.generation.to_string());
     let job = Job {
-        metadata,
+        metadata: ObjectMeta {
+            annotations: Some([generation].into()),
+            ..metadata
+        },
         spec: Some(JobSpec {
             backoff_limit: Some(0),
             pod_replacement_policy: Some("Failed".into()),

@@ -20,6 +20,10 @@ pub const SERVE: &str = "serve";
 pub const DIGEST: &str = "strata.dev/digest";
 /// Annotation on what is applied: hash of what was applied last.
 pub const APPLIED: &str = "strata.dev/applied";
+/// Annotation on a Job: generation of the spec that it was made from.
+pub const GENERATION: &str = "strata.dev/generation";
+/// Annotation on a Job that Strata suspended: others, such as Kueue, suspend Jobs too, and only they may resume those.
+pub const SUSPENDED: &str = "strata.dev/suspended";
 /// Prefix of the keys that are Strata's.
 pub const GROUP_PREFIX: &str = "strata.dev/";
 

@@ -359,7 +359,8 @@ impl State {
         let state = json!({"terminated": {"exitCode": code, "message": message}});
         let pod = json!({
             "apiVersion": "v1", "kind": "Pod",
-            "metadata": {"name": format!("{}-pod", job["metadata"]["name"].as_str().expect("a name")), "namespace": "ns", "labels": labels},
+            "metadata": {"name": format!("{}-pod", job["metadata"]["name"].as_str().expect("a name")), "namespace": "ns", "labels": labels,
+                "ownerReferences": [{"apiVersion": "batch/v1", "kind": "Job", "name": job["metadata"]["name"], "uid": job["metadata"]["uid"]}]},
             "spec": job["spec"]["template"]["spec"],
             "status": {"phase": if fails { "Failed" } else { "Succeeded" }, "containerStatuses": [{"name": "strata", "image": "", "imageID": "",
                 "ready": false, "restartCount": 0, "state": state}]},
