@@ -4,7 +4,7 @@ use strata_api::{Common, InferenceService, KvCacheDtype, PodOverrides};
 use strata_contract::{Input, QuantizationFormat, QuantizeConfig, Stage};
 
 use crate::engine::kind::{Env, Observed, Refusal, ResourceKind};
-use crate::run::check::{check as check_run, gates, unsigned};
+use crate::run::check::{check as check_run, check_pod, gates, unsigned};
 use crate::run::{InputRef, Order, Runs};
 use crate::workload::pod::Sizes;
 use crate::workload::quantity;
@@ -62,6 +62,8 @@ pub struct Serving {
     pub image: String,
     /// Number of pods; 0 while suspended.
     pub replicas: i32,
+    /// Whether the user wants it stopped.
+    pub is_suspended: bool,
     /// Tokens in a block of the cache.
     pub block_tokens: u32,
     /// Memory of the cache in bytes.
@@ -112,11 +114,15 @@ fn serving(service: &InferenceService, env: &Env) -> Result<Serving, String> {
                 )
             })?,
     };
+    // Before anything is rolled out: what is refused leaves the pods that serve as they are.
+    let pod = service.spec.common.pod.clone().unwrap_or_default();
+    check_pod(&pod)?;
     let suspend = service.spec.common.suspend.unwrap_or(false);
     Ok(Serving {
-        pod: service.spec.common.pod.clone().unwrap_or_default(),
+        pod,
         image: env.runtime_image.clone(),
         replicas: if suspend { 0 } else { service.spec.replicas.unwrap_or(1) },
+        is_suspended: suspend,
         block_tokens: unsigned("spec.kvCache.blockTokens", cache.block_tokens.unwrap_or(16))?,
         kv_cache_bytes,
         kv_cache_dtype: cache.dtype.unwrap_or_default(),

@@ -5,9 +5,9 @@
 //!   published ──▶ Deployment wanted ──▶ RollingOut ──▶ Serving
 //!                      │                    │             │ fewer pods answer
 //!                      └─ replicas: 0       ▼             ▼
-//!                           │          CrashLooping   Unavailable
+//!                         or suspend   CrashLooping   Unavailable
 //!                           ▼
-//!                      ScaledToZero
+//!                      ScaledToZero, Suspended
 //! ```
 //!
 //! What is wanted is always the artifact that was published *last*: while a new one is prepared, or when that fails,
@@ -15,10 +15,15 @@
 
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use strata_api::{ArtifactStatus, Reason};
 
+use super::check::Serving;
 use crate::run::attempt::{container, quote, waiting};
 use crate::workload::labels;
+
+/// A container that has run for longer than the kubelet's longest pause between starts is not in a loop.
+const LONGEST_BACK_OFF: SignedDuration = SignedDuration::from_mins(5);
 
 /// Where the serving pods stand.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,10 +37,12 @@ pub struct Standing {
 /// Where the serving pods stand, given what is wanted.
 pub fn standing(
     artifact: Option<&ArtifactStatus>,
-    wanted: i32,
+    serving: &Serving,
     deployment: Option<&Deployment>,
     pods: &[&Pod],
+    now: Timestamp,
 ) -> Standing {
+    let wanted = serving.replicas;
     let standing = |reason, message: String| Standing { reason, message };
     let Some(artifact) = artifact else {
         return standing(
@@ -46,10 +53,13 @@ pub fn standing(
     let Some(deployment) = deployment else {
         return standing(Reason::RollingOut, "the Deployment is not there yet".into());
     };
+    if serving.is_suspended {
+        return standing(Reason::Suspended, "spec.suspend is true: nothing answers".into());
+    }
     if wanted == 0 {
         return standing(Reason::ScaledToZero, "no pods are wanted: nothing answers".into());
     }
-    if let Some(message) = pods.iter().find_map(|pod| crash(pod)) {
+    if let Some(message) = pods.iter().find_map(|pod| crash(pod, now)) {
         return standing(Reason::CrashLooping, message);
     }
     let status = deployment.status.clone().unwrap_or_default();
@@ -91,17 +101,26 @@ fn was_complete(deployment: &Deployment) -> bool {
     })
 }
 
-/// How a pod keeps failing, if it does.
-fn crash(pod: &Pod) -> Option<String> {
+/// How a pod keeps failing, if it does: also while it runs once more and has not answered yet.
+fn crash(pod: &Pod, now: Timestamp) -> Option<String> {
     let container = container(pod)?;
-    let waiting = container.state.as_ref()?.waiting.as_ref()?;
-    if waiting.reason.as_deref() != Some("CrashLoopBackOff") {
-        return None;
-    }
+    let state = container.state.as_ref();
     let last = container
         .last_state
         .as_ref()
         .and_then(|state| state.terminated.as_ref());
+    let waits_for = state.and_then(|state| state.waiting.as_ref()?.reason.as_deref());
+    let has_held = state
+        .and_then(|state| state.running.as_ref()?.started_at.as_ref())
+        .is_some_and(|started| now.duration_since(started.0) > LONGEST_BACK_OFF);
+    let failed_before = container.restart_count > 0 && last.is_some_and(|end| end.exit_code != 0);
+    let in_a_loop = match waits_for {
+        Some(word) => word == "CrashLoopBackOff",
+        None => failed_before && !container.ready && !has_held,
+    };
+    if !in_a_loop {
+        return None;
+    }
     let how = last.map_or_else(String::new, |end| {
         let words = [end.reason.as_deref(), end.message.as_deref()].into_iter().flatten();
         format!(

@@ -33,7 +33,7 @@ pub fn report(
         }
         Ok(checked) => {
             let artifact = judged.status.artifact.as_ref();
-            let standing = standing(artifact, checked.serving.replicas, deployment, &pods);
+            let standing = standing(artifact, &checked.serving, deployment, &pods, now);
             Finding::new(ConditionType::Available, standing.reason, standing.message)
         }
     };

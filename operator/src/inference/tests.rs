@@ -143,6 +143,36 @@ fn suspend_frees_the_serving_pods() {
     service.spec.common.suspend = Some(true);
     let deployment = deployment(&service, &observed, &env()).expect("kept");
     assert_eq!(part(&deployment, "/spec/replicas"), json!(0));
+    let status = service
+        .report(&service.check(&observed, &env()), &observed, at(NOW))
+        .status;
+    let ready = status.run_status.conditions.last().expect("Ready is last").clone();
+    assert_eq!((ready.reason.as_str(), ready.status.as_str()), ("Suspended", "Unknown"));
+}
+
+#[test]
+fn a_refused_spec_leaves_the_pods_that_serve_as_they_are() {
+    let (mut service, observed) = serving(json!({}));
+    service.spec.replicas = Some(7);
+    let pod = json!({"labels": {"strata.dev/run": "mine"}});
+    service.spec.common.pod = Some(serde_json::from_value(pod).expect("valid overrides"));
+    assert!(matches!(service.check(&observed, &env()), Err(Refusal::Spec(..))));
+    assert_eq!(deployment(&service, &observed, &env()), None);
+}
+
+#[test]
+fn pods_are_spread_over_nodes_and_have_time_to_stop() {
+    let (_, observed) = serving(json!({}));
+    let deployment = observed.deployment.expect("served");
+    let spread = part(&deployment, "/spec/template/spec/topologySpreadConstraints/0");
+    assert_eq!(spread["topologyKey"], "kubernetes.io/hostname");
+    assert_eq!(spread["whenUnsatisfiable"], "ScheduleAnyway");
+    assert_eq!(spread["labelSelector"], part(&deployment, "/spec/selector"));
+    let grace = part(&deployment, "/spec/template/spec/terminationGracePeriodSeconds");
+    assert!(
+        grace.as_i64() > Some(5 + 25),
+        "its --shutdown-delay and --shutdown-timeout: {grace}"
+    );
 }
 
 #[test]
@@ -178,6 +208,17 @@ fn serving_is_said_only_of_pods_that_answer_with_the_current_artifact() {
         let container = json!({"name": "strata", "image": "", "imageID": "", "ready": false, "restartCount": 3, "state": state,
             "lastState": {"terminated": {"exitCode": 70, "reason": "Error", "message": "no such weights"}}});
         pod('a', json!({"phase": "Pending", "containerStatuses": [container]}))
+    };
+    // Started once more after it failed; ready or not, since so many seconds.
+    let again = |exit_code: i32, is_ready: bool, seconds: i64| {
+        let container = json!({"name": "strata", "image": "", "imageID": "", "ready": is_ready, "restartCount": 1,
+            "state": {"running": {"startedAt": at(NOW - seconds).to_string()}},
+            "lastState": {"terminated": {"exitCode": exit_code, "message": "damaged weights"}}});
+        let ready = json!([{"type": "Ready", "status": if is_ready { "True" } else { "False" }}]);
+        pod(
+            'a',
+            json!({"phase": "Running", "conditions": ready, "containerStatuses": [container]}),
+        )
     };
     let unscheduled = pod(
         'a',
@@ -256,6 +297,38 @@ fn serving_is_said_only_of_pods_that_answer_with_the_current_artifact() {
             true,
             2,
             whole(),
+            vec![ready('a'), again(64, false, 5)],
+            Reason::CrashLooping,
+            "exit status 64 (damaged weights)",
+        ),
+        (
+            true,
+            2,
+            whole(),
+            vec![ready('a'), again(64, true, 5)],
+            Reason::Serving,
+            "2 of 2",
+        ),
+        (
+            true,
+            2,
+            whole(),
+            vec![ready('a'), again(0, false, 5)],
+            Reason::ReplicasUnavailable,
+            "1 of 2",
+        ),
+        (
+            true,
+            2,
+            whole(),
+            vec![ready('a'), again(64, false, 900)],
+            Reason::ReplicasUnavailable,
+            "1 of 2",
+        ),
+        (
+            true,
+            2,
+            whole(),
             vec![held("ImagePullBackOff")],
             Reason::ImagePullFailed,
             IMAGE,
@@ -270,7 +343,9 @@ fn serving_is_said_only_of_pods_that_answer_with_the_current_artifact() {
         ),
     ] {
         let artifact = artifact.as_ref().filter(|_| published);
-        let standing = standing(artifact, wanted, deployment.as_ref(), &serving_pods(&pods));
+        let service = inference("s", json!({"replicas": wanted}));
+        let serving = service.check(&around('a'), &env()).expect("a good spec").serving;
+        let standing = standing(artifact, &serving, deployment.as_ref(), &serving_pods(&pods), at(NOW));
         assert_eq!(standing.reason, reason, "{says}: {standing:?}");
         assert!(standing.message.contains(says), "{standing:?}");
     }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::apps::v1::{Deployment, DeploymentSpec, DeploymentStrategy, RollingUpdateDeployment};
-use k8s_openapi::api::core::v1::{HTTPGetAction, PodTemplateSpec, Probe};
+use k8s_openapi::api::core::v1::{HTTPGetAction, PodTemplateSpec, Probe, TopologySpreadConstraint};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta, OwnerReference};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
@@ -15,6 +15,9 @@ pub fn build(
     replicas: i32,
     mut template: PodTemplateSpec,
 ) -> Deployment {
+    for pod in template.spec.iter_mut() {
+        pod.topology_spread_constraints = Some(vec![on_many_nodes(selector.clone())]);
+    }
     for container in template.spec.iter_mut().flat_map(|spec| &mut spec.containers) {
         // Loading weights may take minutes: the start has five of them, the others judge what runs.
         container.startup_probe = Some(probe("/health", 2, 150));
@@ -45,6 +48,22 @@ pub fn build(
             ..DeploymentSpec::default()
         }),
         ..Deployment::default()
+    }
+}
+
+/// One lost node should not take all pods, where there are several nodes with room.
+fn on_many_nodes(selector: BTreeMap<String, String>) -> TopologySpreadConstraint {
+    TopologySpreadConstraint {
+        max_skew: 1,
+        topology_key: "kubernetes.io/hostname".into(),
+        when_unsatisfiable: "ScheduleAnyway".into(),
+        label_selector: Some(LabelSelector {
+            match_labels: Some(selector),
+            ..LabelSelector::default()
+        }),
+        // Each version by itself: else the pods that go would push the new ones together.
+        match_label_keys: Some(vec!["pod-template-hash".into()]),
+        ..TopologySpreadConstraint::default()
     }
 }
 
