@@ -55,6 +55,14 @@ pub enum ArtifactError {
         /// What the system said.
         source: io::Error,
     },
+    /// A figure of the result is infinite or not a number.
+    #[error("the metric {metric} is {value}, which is no figure to publish")]
+    NotFinite {
+        /// The metric.
+        metric: String,
+        /// Its value.
+        value: f64,
+    },
     /// A stage asked for something that no artifact can hold: a defect of the stage.
     #[error("{path:?} is not a name that an artifact can hold: {detail}")]
     Name {
@@ -83,6 +91,7 @@ impl ArtifactError {
             Self::Newer { .. } => FailureReason::ConfigInvalid,
             Self::Full { .. } => FailureReason::StorageFull,
             Self::Unwritable { .. } => FailureReason::StorageUnwritable,
+            Self::NotFinite { .. } => FailureReason::Diverged,
             Self::Name { .. } => FailureReason::Internal,
         }
     }

@@ -106,7 +106,10 @@ pub fn hash_files(files: &[FileEntry]) -> (String, u64) {
     (format!("sha256:{hash}"), bytes)
 }
 
-/// Every regular file below `folder`, with its path relative to it, sorted by that path.
+/// Every file below `folder`, with its path relative to it, sorted by that path.
+///
+/// A link to a file counts as the file. One to a folder is an error, since it could lead in a circle, and so is one to
+/// nothing: what a reader would follow must not be missing from the digest.
 pub(crate) fn walk(folder: &Path) -> Result<Vec<(String, PathBuf)>> {
     let mut files = Vec::new();
     let mut folders = vec![(String::new(), folder.to_owned())];
@@ -124,11 +127,28 @@ pub(crate) fn walk(folder: &Path) -> Result<Vec<(String, PathBuf)>> {
             };
             if kind.is_dir() {
                 folders.push((name + "/", path));
-            } else if kind.is_file() {
+            } else if kind.is_file() || (kind.is_symlink() && links_to_file(&path)?) {
                 files.push((name, path));
             }
         }
     }
     files.sort();
     Ok(files)
+}
+
+/// Whether the link at `path` leads to a regular file.
+fn links_to_file(path: &Path) -> Result<bool> {
+    let path = path.to_owned();
+    match std::fs::metadata(&path) {
+        Ok(target) if target.is_dir() => {
+            let detail = "it is a link to a folder: put the folder itself there".to_owned();
+            Err(ArtifactError::Corrupt { path, detail })
+        }
+        Ok(target) => Ok(target.is_file()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let detail = "it is a link to a file that is missing: put that there too".to_owned();
+            Err(ArtifactError::Corrupt { path, detail })
+        }
+        Err(error) => Err(ArtifactError::reading(&path, error)),
+    }
 }

@@ -231,6 +231,12 @@ impl Attempt {
         number: u32,
         after: &mut dyn FnMut(Step) -> Result<()>,
     ) -> Result<Manifest> {
+        check_figures(&draft.metrics)?;
+        // The winner may have removed this attempt's files.
+        if let Some(manifest) = read_manifest(&self.run)? {
+            tracing::info!("another attempt published this run first; its result stands");
+            return Ok(manifest);
+        }
         let content_dir = self.content_dir();
         let files = std::mem::take(&mut *self.files.lock().unwrap_or_else(PoisonError::into_inner));
         for (name, path) in walk(&content_dir)? {
@@ -294,6 +300,7 @@ impl Attempt {
             _ => {}
         }
         if won {
+            self.remove_other_content();
             return Ok(manifest);
         }
         tracing::info!("another attempt published this run first; its result stands");
@@ -301,6 +308,22 @@ impl Attempt {
             path: target,
             detail: "it was there a moment ago".into(),
         })
+    }
+
+    /// Removes what attempts of this run that were killed would have published. (One that failed its gates is of another
+    /// run: gates are part of the configuration.) An attempt that still lives finds its files gone, fails or finds this
+    /// publication, and publishes nothing.
+    fn remove_other_content(&self) {
+        let folder = RunFolder { path: self.run.clone() };
+        for other in folder.attempts().unwrap_or_default() {
+            let content = folder.attempt_dir(&other).join(CONTENT);
+            if other == self.id || !content.exists() {
+                continue;
+            }
+            if let Err(error) = fs::remove_dir_all(&content) {
+                tracing::warn!(%error, path = %content.display(), "cannot remove what another attempt left");
+            }
+        }
     }
 
     fn register(&self, entry: FileEntry) -> FileEntry {
@@ -442,6 +465,17 @@ fn link_new(from: &Path, to: &Path) -> Result<bool> {
             Ok(true)
         }
         Err(error) => Err(ArtifactError::writing(to, error)),
+    }
+}
+
+/// JSON has no figures beyond the finite ones.
+fn check_figures(metrics: &BTreeMap<String, f64>) -> Result<()> {
+    match metrics.iter().find(|(_, value)| !value.is_finite()) {
+        Some((metric, &value)) => {
+            let metric = metric.clone();
+            Err(ArtifactError::NotFinite { metric, value })
+        }
+        None => Ok(()),
     }
 }
 

@@ -127,9 +127,41 @@ fn of_two_attempts_the_second_takes_over_the_first_ones_result() {
     );
     assert_eq!(run.attempts().unwrap(), ["first", "late"]);
     assert!(
+        !run.attempt_dir("late").join("content").exists(),
+        "what nobody reads takes no space"
+    );
+    assert!(
         run.attempt("first").is_err(),
         "what is published must not be written again"
     );
+}
+
+#[test]
+fn an_attempt_that_lives_while_another_publishes_changes_nothing_of_it() {
+    let root = tempfile::tempdir().unwrap();
+    let (uri, run) = folder(root.path());
+    let late = run.attempt("late").unwrap();
+    let mut file = late.file("data/train.txt").unwrap();
+    let first = publish(&run, "first", "first");
+    // The winner removed the folder of this file.
+    file.write_all(b"late").unwrap();
+    assert!(file.finish().is_err());
+    late.write("data/test.txt", b"late").unwrap();
+    assert_eq!(late.publish(draft(), resource(), 2).unwrap(), first);
+    open(&input(&uri, None), Path::new("/none"), Verify::Hashes).unwrap();
+}
+
+#[test]
+fn a_figure_that_is_none_is_an_error_that_names_it() {
+    for value in [f64::NAN, f64::INFINITY] {
+        let root = tempfile::tempdir().unwrap();
+        let (_, run) = folder(root.path());
+        let mut draft = draft();
+        draft.metrics.insert("bitsPerByte".into(), value);
+        let error = run.attempt("a1").unwrap().publish(draft, resource(), 1).unwrap_err();
+        assert!(error.to_string().contains("bitsPerByte"), "{error}");
+        assert_eq!(run.published().unwrap(), None);
+    }
 }
 
 #[test]
@@ -223,6 +255,40 @@ fn plain_files_and_folders_get_a_digest_of_their_own() {
     std::fs::write(root.path().join("sub/b.txt"), "c").unwrap();
     let changed = open(&before, Path::new("/none"), Verify::Sizes).unwrap_err();
     assert_eq!(changed.reason(), FailureReason::InputCorrupt, "{changed}");
+}
+
+#[test]
+fn links_in_a_plain_folder_are_hashed_as_their_files_or_refused() {
+    use std::os::unix::fs::symlink;
+    // As the cache of Hugging Face's hub has it.
+    let root = tempfile::tempdir().unwrap();
+    let (blobs, snapshot) = (root.path().join("blobs"), root.path().join("snapshot"));
+    std::fs::create_dir(&blobs).unwrap();
+    std::fs::create_dir(&snapshot).unwrap();
+    std::fs::write(blobs.join("1"), "weights").unwrap();
+    std::fs::write(snapshot.join("config.json"), "{}").unwrap();
+    symlink("../blobs/1", snapshot.join("model.safetensors")).unwrap();
+    let opened = |digest| {
+        open(
+            &input(&Uri::File(snapshot.clone()), digest),
+            Path::new("/none"),
+            Verify::Sizes,
+        )
+    };
+    let before = opened(None).unwrap().resolved();
+    assert_eq!(before.bytes, Some(9));
+    std::fs::write(blobs.join("1"), "changed").unwrap();
+    assert_eq!(opened(before.digest).unwrap_err().reason(), FailureReason::InputCorrupt);
+
+    for (target, words) in [
+        ("../blobs", "a link to a folder"),
+        ("../blobs/2", "a file that is missing"),
+    ] {
+        symlink(target, snapshot.join("other")).unwrap();
+        let error = opened(None).unwrap_err();
+        assert!(error.to_string().contains(words), "{error}");
+        std::fs::remove_file(snapshot.join("other")).unwrap();
+    }
 }
 
 #[test]
