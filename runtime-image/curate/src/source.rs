@@ -1,5 +1,6 @@
 //! Reading a source: its files, one after the other in the order of their names, document by document.
 
+mod charset;
 mod glob;
 mod html;
 mod text;
@@ -18,6 +19,10 @@ use strata_stage::StageError;
 /// Largest document in bytes, before extraction; a larger one is set aside and counted.
 pub(crate) const DOCUMENT_LIMIT_BYTES: u64 = 10 * 1024 * 1024;
 const BUFFER_BYTES: usize = 128 * 1024;
+/// So many records that cannot be read are noise, however few a source has.
+const NOISE_RECORDS: u64 = 10;
+/// And so many of a hundred.
+const NOISE_PERCENT: u64 = 1;
 
 /// A document as it was found.
 #[derive(Debug, PartialEq, Eq)]
@@ -57,14 +62,57 @@ pub(crate) fn files(source: &Source, volumes: &Path) -> Result<Vec<(String, u64)
         .collect()
 }
 
+/// Hands records on, and counts those of a format's own that cannot be read.
+struct Records<'r, 'v> {
+    visit: &'r mut Visit<'v>,
+    seen: u64,
+    unreadable: u64,
+    first: Option<StageError>,
+}
+
+impl Records<'_, '_> {
+    fn push(&mut self, file: &mut SourceFile<'_>, origin: String, content: RawContent) -> Result<(), StageError> {
+        self.seen += 1;
+        (self.visit)(RawDocument { origin, content }, file.progress())
+    }
+
+    /// What stands for a record that cannot be read: it is dropped for `reason`.
+    fn unreadable(&mut self, reason: &'static str, error: StageError) -> RawContent {
+        self.unreadable += 1;
+        self.first.get_or_insert(error);
+        RawContent::Nothing(reason)
+    }
+
+    /// The first error, if the source has more of them than noise.
+    fn finish(self) -> Result<(), StageError> {
+        let Self { seen, unreadable, .. } = self;
+        let Some(first) = self.first else {
+            return Ok(());
+        };
+        let noise = unreadable <= NOISE_RECORDS || unreadable * 100 <= seen * NOISE_PERCENT;
+        let message = format!("{}; {unreadable} of {seen} records cannot be read", first.message);
+        if noise && unreadable < seen {
+            tracing::warn!("{message}: they are dropped");
+            return Ok(());
+        }
+        Err(StageError::new(first.reason, message))
+    }
+}
+
 /// Reads every document of `source`; returns the source as an input, with its digest.
 pub(crate) fn read(source: &Source, volumes: &Path, visit: &mut Visit<'_>) -> Result<Input, StageError> {
     let (base, names) = glob::expand(&source.uri.local_path(volumes))?;
     let mut entries = Vec::new();
+    let mut records = Records {
+        visit,
+        seen: 0,
+        unreadable: 0,
+        first: None,
+    };
     for name in names {
         let path = base.join(&name);
         let mut file = SourceFile::open(&path)?;
-        read_file(&source.format, &name, &mut file, visit)?;
+        read_file(&source.format, &name, &mut file, &mut records)?;
         let (bytes, sha256) = file.finish()?;
         entries.push(FileEntry {
             path: name,
@@ -72,6 +120,7 @@ pub(crate) fn read(source: &Source, volumes: &Path, visit: &mut Visit<'_>) -> Re
             sha256,
         });
     }
+    records.finish()?;
     let (digest, bytes) = hash_files(&entries);
     Ok(Input {
         name: source.name.clone(),
@@ -86,23 +135,18 @@ fn read_file(
     format: &SourceFormat,
     name: &str,
     file: &mut SourceFile<'_>,
-    visit: &mut Visit<'_>,
+    records: &mut Records<'_, '_>,
 ) -> Result<(), StageError> {
     let limit = DOCUMENT_LIMIT_BYTES;
     match format {
         SourceFormat::WebCrawl => {
             while let Some(response) = warc::next_response(file, limit).map_err(|error| file.error(error))? {
                 let content = match response.page {
-                    Ok(page) => RawContent::Text(html::main_text(&page)),
+                    Ok(warc::Page::Html(page)) => RawContent::Text(html::main_text(&page)),
+                    Ok(warc::Page::Text(text)) => RawContent::Text(text),
                     Err(skip) => RawContent::Nothing(skip.name()),
                 };
-                visit(
-                    RawDocument {
-                        origin: response.url,
-                        content,
-                    },
-                    file.progress(),
-                )?;
+                records.push(file, response.url, content)?;
             }
         }
         SourceFormat::Html => {
@@ -112,18 +156,12 @@ fn read_file(
                 .map_err(|error| file.error(error))?;
             let content = match page.len() as u64 > limit {
                 true => RawContent::Nothing(warc::Skip::TooLarge.name()),
-                false => match warc::decode_characters(page, "") {
-                    Ok(page) => RawContent::Text(html::main_text(&page)),
-                    Err(skip) => RawContent::Nothing(skip.name()),
+                false => match charset::decode(page, "") {
+                    Some(page) => RawContent::Text(html::main_text(&page)),
+                    None => RawContent::Nothing(warc::Skip::Charset.name()),
                 },
             };
-            visit(
-                RawDocument {
-                    origin: name.into(),
-                    content,
-                },
-                file.progress(),
-            )?;
+            records.push(file, name.into(), content)?;
         }
         SourceFormat::Text { split_bytes } => {
             let mut splitter = text::Splitter::new(*split_bytes, limit);
@@ -134,7 +172,9 @@ fn read_file(
                     text::Cut::TooLarge => RawContent::Nothing(warc::Skip::TooLarge.name()),
                     text::Cut::Document(bytes) => match String::from_utf8(bytes) {
                         Ok(text) => RawContent::Text(text.trim_start_matches('\u{feff}').to_owned()),
-                        Err(_) => return Err(file.corrupt("a document that ends there is not UTF-8")),
+                        Err(_) => {
+                            records.unreadable("notUtf8", file.corrupt("a document that ends there is not UTF-8"))
+                        }
                     },
                 };
                 let origin = if split_bytes.is_some() {
@@ -142,11 +182,11 @@ fn read_file(
                 } else {
                     name.into()
                 };
-                visit(RawDocument { origin, content }, file.progress())?;
+                records.push(file, origin, content)?;
             }
         }
         SourceFormat::Jsonl { text_field } => {
-            read_lines(name, file, visit, &|line| match line.get(text_field.as_str()) {
+            read_lines(name, file, records, &|line| match line.get(text_field.as_str()) {
                 Some(Value::String(text)) => Ok(RawContent::Text(text.clone())),
                 _ => Err(format!("has no text in the field {text_field:?}")),
             })?;
@@ -155,7 +195,7 @@ fn read_file(
             read_lines(
                 name,
                 file,
-                visit,
+                records,
                 &|line| match (line.get("chosen"), line.get("rejected")) {
                     (Some(Value::String(chosen)), Some(Value::String(rejected))) => Ok(RawContent::Pair {
                         chosen: chosen.clone(),
@@ -173,7 +213,7 @@ fn read_file(
 fn read_lines(
     name: &str,
     file: &mut SourceFile<'_>,
-    visit: &mut Visit<'_>,
+    records: &mut Records<'_, '_>,
     parse: &dyn Fn(&Value) -> Result<RawContent, String>,
 ) -> Result<(), StageError> {
     let mut line = Vec::new();
@@ -186,17 +226,18 @@ fn read_lines(
             continue;
         } else {
             // An error of this parser into a `Value` holds a position, no text.
-            let value: Value = serde_json::from_slice(&line)
-                .map_err(|error| file.corrupt(&format!("line {number} is not JSON: {error}")))?;
-            parse(&value).map_err(|what| file.corrupt(&format!("line {number} {what}")))?
+            match serde_json::from_slice(&line) {
+                Err(error) => {
+                    let error = file.corrupt(&format!("line {number} is not JSON: {error}"));
+                    records.unreadable("notJson", error)
+                }
+                Ok(value) => match parse(&value) {
+                    Ok(content) => content,
+                    Err(what) => records.unreadable("noText", file.corrupt(&format!("line {number} {what}"))),
+                },
+            }
         };
-        visit(
-            RawDocument {
-                origin: format!("{name}#{number}"),
-                content,
-            },
-            file.progress(),
-        )?;
+        records.push(file, format!("{name}#{number}"), content)?;
     }
     Ok(())
 }
@@ -353,6 +394,42 @@ mod tests {
                 .map(|document| document.content)
                 .collect::<Vec<_>>(),
             texts
+        );
+    }
+
+    #[test]
+    fn a_few_records_that_cannot_be_read_are_counted_and_more_than_noise_end_the_run() {
+        let nothing = |documents: &[RawDocument]| -> Vec<&str> {
+            let reason = |document: &RawDocument| match document.content {
+                RawContent::Nothing(reason) => Some(reason),
+                _ => None,
+            };
+            documents.iter().filter_map(reason).collect()
+        };
+        let lines = |good: usize, bad: &str| format!("{bad}{}", "{\"text\":\"one\"}\n".repeat(good));
+        let bad = "{\"text\":\"\\ud800\"}\n{\"text\":null}\n{\"text\"\n";
+        let documents = read_bytes(jsonl(), lines(5, bad).as_bytes()).unwrap();
+        assert_eq!(nothing(&documents), ["notJson", "noText", "notJson"]);
+        let text = SourceFormat::Text { split_bytes: Some(1) };
+        assert_eq!(
+            nothing(&read_bytes(text, b"one\n\n\xff\n\ntwo\n").unwrap()),
+            ["notUtf8"]
+        );
+
+        let eleven = "[]\n".repeat(11);
+        assert_eq!(
+            read_bytes(jsonl(), lines(1089, &eleven).as_bytes()).unwrap().len(),
+            1100
+        );
+        let error = read_bytes(jsonl(), lines(1088, &eleven).as_bytes()).unwrap_err();
+        assert_eq!(error.reason, FailureReason::InputCorrupt);
+        assert!(
+            error.message.contains("/file is damaged at byte 3: line 1 has no text"),
+            "{error}"
+        );
+        assert!(
+            error.message.ends_with("; 11 of 1099 records cannot be read"),
+            "{error}"
         );
     }
 

@@ -10,7 +10,8 @@ const FILES_LIMIT: usize = 1_000_000;
 
 /// The folder that `pattern` starts from, and the files that it names, relative to it, sorted.
 ///
-/// `*` stands for any characters of a name, `?` for one, `**` for any folders. A folder stands for all files below it.
+/// `*` stands for any characters of a name, `?` for one, `**` for any folders. A folder stands for all files below it. What is
+/// hidden (its name begins with a dot) is found only by a pattern with that dot.
 pub(super) fn expand(pattern: &Path) -> Result<(PathBuf, Vec<String>), ArtifactError> {
     let parts: Vec<&str> = pattern
         .components()
@@ -74,7 +75,7 @@ fn walk(folder: &Path, prefix: &str, patterns: &[&str], found: &mut Vec<String>)
         let is_folder = entry.file_type().map_err(reading)?.is_dir();
         let inside = format!("{relative}/");
         match (is_folder, *pattern == "**") {
-            (true, true) => walk(&path, &inside, patterns, found)?,
+            (true, true) if !name.starts_with('.') => walk(&path, &inside, patterns, found)?,
             (true, false) if matches(pattern, &name) => walk(&path, &inside, rest, found)?,
             (false, false) if rest.is_empty() && matches(pattern, &name) && path.is_file() => found.push(relative),
             _ => {}
@@ -130,6 +131,8 @@ mod tests {
             "sub/d.txt",
             "sub/deep/e.txt",
             "other/f.txt",
+            ".git/g.txt",
+            "sub/.ipynb_checkpoints/d.txt",
         ] {
             let path = root.path().join(name);
             fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -145,6 +148,7 @@ mod tests {
             ),
             ("*/?.txt", vec!["other/f.txt", "sub/d.txt"]),
             ("sub", vec!["d.txt", "deep/e.txt"]),
+            (".g*/*.txt", vec![".git/g.txt"]),
         ] {
             let (base, found) = expand(&root.path().join(pattern)).unwrap();
             assert_eq!(found, expected, "{pattern}");

@@ -1,19 +1,29 @@
-//! WARC files (ISO 28500), record by record, and the HTML inside of HTTP responses.
+//! WARC files (ISO 28500), record by record: the HTML inside of HTTP responses, and the text of WET's conversions.
 
 use std::io::{self, BufRead, Read};
 
 use flate2::read::{GzDecoder, ZlibDecoder};
 
+use super::charset;
+
 /// Bytes of a record's or response's header lines.
 const HEADER_LIMIT_BYTES: usize = 64 * 1024;
 
-/// A response that may hold a page.
+/// A record that may hold a page.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Response {
     /// The address that was asked for.
     pub(super) url: String,
-    /// The HTML, or why there is none.
-    pub(super) page: Result<String, Skip>,
+    /// The page, or why there is none.
+    pub(super) page: Result<Page, Skip>,
+}
+
+/// A page as it is stored.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Page {
+    Html(String),
+    /// Its text, which someone else extracted.
+    Text(String),
 }
 
 /// Why a response yields no page.
@@ -27,8 +37,10 @@ pub(super) enum Skip {
     TooLarge,
     /// Its transfer or content encoding cannot be undone.
     Encoding,
-    /// Its characters are in an encoding other than UTF-8 and Latin-1.
+    /// Its characters are not in the encoding that it says.
     Charset,
+    /// Its HTTP header is no header.
+    HttpHeader,
 }
 
 impl Skip {
@@ -40,6 +52,7 @@ impl Skip {
             Self::TooLarge => "tooLarge",
             Self::Encoding => "contentEncoding",
             Self::Charset => "charset",
+            Self::HttpHeader => "httpHeader",
         }
     }
 }
@@ -66,27 +79,45 @@ pub(super) fn next_response(input: &mut impl BufRead, limit_bytes: u64) -> io::R
             .and_then(|text| text.parse().ok())
             .ok_or_else(|| invalid("a record has no Content-Length"))?;
         let is = |name: &str, value: &str| field(&header, name).is_some_and(|text| text.eq_ignore_ascii_case(value));
-        let http = field(&header, "content-type").is_some_and(|text| text.starts_with("application/http"));
+        let holds = |media_type: &str| field(&header, "content-type").is_some_and(|text| text.starts_with(media_type));
         let mut content = input.take(length);
-        if !is("warc-type", "response") || !http {
+        let page = if is("warc-type", "response") && holds("application/http") {
+            read_response(&mut content, limit_bytes)?
+        } else if is("warc-type", "conversion") && holds("text/plain") {
+            read_body(&mut content, limit_bytes)?
+                .and_then(|body| charset::decode(body, "").map(Page::Text).ok_or(Skip::Charset))
+        } else {
             skip(&mut content)?;
             continue;
-        }
+        };
+        skip(&mut content)?;
         let url = field(&header, "warc-target-uri").unwrap_or_default();
         let url = url.trim_matches(['<', '>']).to_owned();
-        let page = read_page(&mut content, limit_bytes)?;
-        skip(&mut content)?;
         return Ok(Some(Response { url, page }));
     }
 }
 
+/// Reads what is left of a record, unless it is too large.
+fn read_body(content: &mut io::Take<&mut impl BufRead>, limit_bytes: u64) -> io::Result<Result<Vec<u8>, Skip>> {
+    if content.limit() > limit_bytes {
+        return Ok(Err(Skip::TooLarge));
+    }
+    let mut body = Vec::new();
+    let expected = content.limit();
+    match content.read_to_end(&mut body)? as u64 == expected {
+        true => Ok(Ok(body)),
+        false => Err(io::ErrorKind::UnexpectedEof.into()),
+    }
+}
+
 /// Reads an HTTP response up to the end of `content`, or less if it has no page.
-fn read_page(content: &mut io::Take<&mut impl BufRead>, limit_bytes: u64) -> io::Result<Result<String, Skip>> {
+fn read_response(content: &mut io::Take<&mut impl BufRead>, limit_bytes: u64) -> io::Result<Result<Page, Skip>> {
     let head = read_line(content, HEADER_LIMIT_BYTES).and_then(|status| Ok((status, read_header(content)?)));
     let (status, header) = match head {
         Ok((status, header)) => (status.unwrap_or_default(), header),
         // The record is whole, and the response in it is not: the crawler's loss, not damage of the file.
         Err(_) if content.limit() == 0 => return Ok(Err(Skip::Status)),
+        Err(error) if error.kind() == io::ErrorKind::InvalidData => return Ok(Err(Skip::HttpHeader)),
         Err(error) => return Err(error),
     };
     if status.split(|&byte| byte == b' ').nth(1) != Some(b"200") {
@@ -99,14 +130,10 @@ fn read_page(content: &mut io::Take<&mut impl BufRead>, limit_bytes: u64) -> io:
     {
         return Ok(Err(Skip::MediaType));
     }
-    if content.limit() > limit_bytes {
-        return Ok(Err(Skip::TooLarge));
-    }
-    let mut body = Vec::new();
-    let expected = content.limit();
-    if content.read_to_end(&mut body)? as u64 != expected {
-        return Err(io::ErrorKind::UnexpectedEof.into());
-    }
+    let mut body = match read_body(content, limit_bytes)? {
+        Ok(body) => body,
+        Err(skip) => return Ok(Err(skip)),
+    };
     if field(&header, "transfer-encoding").is_some_and(|text| text.eq_ignore_ascii_case("chunked")) {
         // Many crawlers keep the header and store the body joined.
         if let Some(joined) = join_chunks(&body) {
@@ -134,37 +161,8 @@ fn read_page(content: &mut io::Take<&mut impl BufRead>, limit_bytes: u64) -> io:
     Ok(match inflated {
         None => Err(Skip::Encoding),
         Some(Err(skip)) => Err(skip),
-        Some(Ok(body)) => decode_characters(body, &media_type),
+        Some(Ok(body)) => charset::decode(body, &media_type).map(Page::Html).ok_or(Skip::Charset),
     })
-}
-
-/// UTF-8 if it is, else Latin-1 (as Windows-1252, which pages that say so mean) if the page says so.
-pub(super) fn decode_characters(body: Vec<u8>, media_type: &str) -> Result<String, Skip> {
-    const WINDOWS_1252: [char; 32] = [
-        '€', '\u{81}', '‚', 'ƒ', '„', '…', '†', '‡', 'ˆ', '‰', 'Š', '‹', 'Œ', '\u{8d}', 'Ž', '\u{8f}', '\u{90}', '‘',
-        '’', '“', '”', '•', '–', '—', '˜', '™', 'š', '›', 'œ', '\u{9d}', 'ž', 'Ÿ',
-    ];
-    let body = match String::from_utf8(body) {
-        Ok(text) => return Ok(text),
-        Err(error) => error.into_bytes(),
-    };
-    let head = String::from_utf8_lossy(&body[..body.len().min(2048)]).to_ascii_lowercase();
-    let named = |text: &str| {
-        ["iso-8859-1", "windows-1252", "latin1", "us-ascii"]
-            .iter()
-            .any(|name| text.contains(name))
-    };
-    let charset_named = named(media_type) || (head.contains("charset") && named(&head));
-    if !charset_named {
-        return Err(Skip::Charset);
-    }
-    Ok(body
-        .iter()
-        .map(|&byte| match byte {
-            0x80..=0x9f => WINDOWS_1252[usize::from(byte - 0x80)],
-            other => char::from(other),
-        })
-        .collect())
 }
 
 /// The body of a chunked transfer, if `body` is one.
@@ -250,19 +248,23 @@ mod tests {
     use super::*;
     use std::io::Write;
 
-    fn record(kind: &str, http: &[u8]) -> Vec<u8> {
+    fn record(kind: &str, content: &[u8]) -> Vec<u8> {
+        let media_type = match kind {
+            "conversion" => "text/plain",
+            _ => "application/http; msgtype=response",
+        };
         let mut record = format!(
-            "WARC/1.0\r\nWARC-Type: {kind}\r\nWARC-Target-URI: http://x.example/\r\nContent-Type: application/http; \
-             msgtype={kind}\r\nContent-Length: {}\r\n\r\n",
-            http.len()
+            "WARC/1.0\r\nWARC-Type: {kind}\r\nWARC-Target-URI: http://x.example/\r\nContent-Type: {media_type}\r\n\
+             Content-Length: {}\r\n\r\n",
+            content.len()
         )
         .into_bytes();
-        record.extend_from_slice(http);
+        record.extend_from_slice(content);
         record.extend_from_slice(b"\r\n\r\n");
         record
     }
 
-    fn pages(warc: &[u8], limit_bytes: u64) -> io::Result<Vec<Result<String, Skip>>> {
+    fn pages(warc: &[u8], limit_bytes: u64) -> io::Result<Vec<Result<Page, Skip>>> {
         let mut input = warc;
         let mut pages = Vec::new();
         while let Some(response) = next_response(&mut input, limit_bytes)? {
@@ -300,20 +302,25 @@ mod tests {
             record("response", b"HTTP/1.1 200 OK\r\nContent-Type: image/png\r\n\r\nxx"),
             record("response", b""),
             html("", &[b'x'; 300]),
+            html(&format!("X: {}\r\n", "x".repeat(70_000)), b"<p>headless"),
+            record("conversion", "Schön gesagt.".as_bytes()),
         ]
         .concat();
+        let html_page = |text: &str| Ok(Page::Html(text.into()));
         let expected = [
-            Ok("<p>plain".to_owned()),
-            Ok("<p>chunked".to_owned()),
-            Ok("<p>joined already".to_owned()),
-            Ok("<p>packed".to_owned()),
+            html_page("<p>plain"),
+            html_page("<p>chunked"),
+            html_page("<p>joined already"),
+            html_page("<p>packed"),
             Err(Skip::Encoding),
-            Ok("<meta charset=windows-1252>naïve “x”".to_owned()),
+            html_page("<meta charset=windows-1252>naïve “x”"),
             Err(Skip::Charset),
             Err(Skip::Status),
             Err(Skip::MediaType),
             Err(Skip::Status),
             Err(Skip::TooLarge),
+            Err(Skip::HttpHeader),
+            Ok(Page::Text("Schön gesagt.".into())),
         ];
         assert_eq!(pages(&warc, 200).unwrap(), expected);
     }
