@@ -7,12 +7,20 @@ use strata_stage::StageError;
 
 use crate::language;
 use crate::quality::QualityFilter;
+use crate::source::DOCUMENT_LIMIT_BYTES;
 
 /// A configuration that can be carried out.
 pub(crate) struct Checked<'c> {
     pub(crate) config: &'c CurateConfig,
     pub(crate) quality: Option<QualityFilter>,
+    /// Similarity of near duplicates, if any are looked for: those of held-out records always are.
+    pub(crate) near_percent: Option<u8>,
 }
+
+/// Similarity from which a training record is too close to a held-out one, where the configuration names none.
+const OVERLAP_PERCENT: u8 = 80;
+/// Largest size at which a text is split: a document may be longer, up to its next blank line.
+const SPLIT_LIMIT_BYTES: u64 = DOCUMENT_LIMIT_BYTES / 2;
 
 /// Checks `config`; the error says what to write instead.
 pub(crate) fn check(config: &CurateConfig) -> Result<Checked<'_>, StageError> {
@@ -44,9 +52,14 @@ pub(crate) fn check(config: &CurateConfig) -> Result<Checked<'_>, StageError> {
             }
             _ => {}
         }
-        if let SourceFormat::Text { split_bytes: Some(0) } = source.format {
+        if let SourceFormat::Text {
+            split_bytes: Some(bytes),
+        } = source.format
+            && !(1..=SPLIT_LIMIT_BYTES).contains(&bytes)
+        {
             return invalid(format!(
-                "source {:?} is split at 0 bytes: leave splitBytes out, or set at least 1",
+                "source {:?} is split at {bytes} bytes: leave splitBytes out, or set 1 to {SPLIT_LIMIT_BYTES}, as a \
+                 document of over {DOCUMENT_LIMIT_BYTES} bytes is dropped",
                 source.name
             ));
         }
@@ -99,5 +112,12 @@ pub(crate) fn check(config: &CurateConfig) -> Result<Checked<'_>, StageError> {
         }
         _ => {}
     }
-    Ok(Checked { config, quality })
+    let near_percent = config
+        .min_hash_similarity_percent
+        .or((config.held_out_percent > 0).then_some(OVERLAP_PERCENT));
+    Ok(Checked {
+        config,
+        quality,
+        near_percent,
+    })
 }

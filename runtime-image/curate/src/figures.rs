@@ -11,9 +11,9 @@ pub(crate) enum StepKind {
     Read,
     Language,
     Quality,
+    PersonalData,
     ExactDuplicates,
     NearDuplicates,
-    PersonalData,
 }
 
 impl StepKind {
@@ -23,9 +23,9 @@ impl StepKind {
             Self::Read => "Read",
             Self::Language => "Language",
             Self::Quality => "Quality",
+            Self::PersonalData => "Personal data",
             Self::ExactDuplicates => "Exact duplicates",
             Self::NearDuplicates => "Near duplicates",
-            Self::PersonalData => "Personal data",
         }
     }
 }
@@ -40,6 +40,8 @@ pub(crate) struct Step {
     pub(crate) kept: u64,
     /// Records that it dropped, by reason.
     pub(crate) dropped: BTreeMap<String, u64>,
+    /// Bytes of text of the records that it dropped.
+    pub(crate) bytes_dropped: u64,
     /// What else it counted: lines dropped by rule, pairs compared, spans found by type.
     pub(crate) counts: BTreeMap<String, u64>,
 }
@@ -49,12 +51,6 @@ impl Step {
     pub(crate) fn keep(&mut self) {
         self.seen += 1;
         self.kept += 1;
-    }
-
-    /// Counts a record that was dropped.
-    pub(crate) fn drop(&mut self, reason: impl Into<String>) {
-        self.seen += 1;
-        *self.dropped.entry(reason.into()).or_default() += 1;
     }
 
     /// Records that it dropped.
@@ -75,6 +71,8 @@ pub(crate) struct SourceFigures {
     pub(crate) bytes_seen: u64,
     /// Of these, published.
     pub(crate) bytes_kept: u64,
+    /// Documents that were dropped, by step and reason.
+    pub(crate) dropped: BTreeMap<StepKind, BTreeMap<String, u64>>,
 }
 
 /// Records by their number of words: key is the smallest number of a bucket, a power of two.
@@ -124,6 +122,17 @@ impl Figures {
     /// Figures of a step.
     pub(crate) fn step(&mut self, kind: StepKind) -> &mut Step {
         self.steps.entry(kind).or_default()
+    }
+
+    /// Counts a record of `source` with `bytes` of text that a step dropped.
+    pub(crate) fn drop(&mut self, kind: StepKind, reason: impl Into<String>, source: &str, bytes: u64) {
+        let reason = reason.into();
+        let step = self.step(kind);
+        step.seen += 1;
+        step.bytes_dropped += bytes;
+        *step.dropped.entry(reason.clone()).or_default() += 1;
+        let source = self.sources.entry(source.to_owned()).or_default();
+        *source.dropped.entry(kind).or_default().entry(reason).or_default() += 1;
     }
 
     fn dropped(&self, kinds: &[StepKind]) -> u64 {
@@ -198,20 +207,25 @@ impl Figures {
             .steps
             .iter()
             .flat_map(|(kind, step)| step.dropped.iter().map(move |reason| (kind, reason)));
-        let mut reasons: Vec<_> = all
-            .map(|(kind, (reason, count))| (*count, kind.title(), reason))
-            .collect();
-        reasons.sort_by_key(|(count, ..)| std::cmp::Reverse(*count));
-        let words = reasons
-            .iter()
-            .take(5)
-            .map(|(count, step, reason)| format!("{count} for {reason} ({step})"));
-        words.collect::<Vec<_>>().join(", ")
+        let reasons = all.map(|(kind, (reason, count))| (*count, format!("{reason} ({})", kind.title())));
+        most(reasons.collect())
     }
+}
+
+/// The reasons that dropped most, in words.
+pub(crate) fn most(mut reasons: Vec<(u64, String)>) -> String {
+    reasons.sort_by_key(|(count, _)| std::cmp::Reverse(*count));
+    let words = reasons
+        .iter()
+        .take(5)
+        .map(|(count, reason)| format!("{count} for {reason}"));
+    words.collect::<Vec<_>>().join(", ")
 }
 
 /// Reason: a training record equals or resembles a held-out one.
 pub(crate) const OVERLAP: &str = "heldOutOverlap";
+/// Reason: a record equals or resembles one before it.
+pub(crate) const DUPLICATE: &str = "duplicate";
 /// Ends the names of counts of spans that were found.
 pub(crate) const SPANS_FOUND: &str = "SpansFound";
 /// Ends the names of counts of spans that were replaced by tags.

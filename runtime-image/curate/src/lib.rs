@@ -1,13 +1,14 @@
 //! The curate stage: raw sources to a published data set.
 //!
 //! ```text
-//! read → language → quality → (split) → exact duplicates → near duplicates → personal data → Parquet → tokens → publish
-//! └────────── filter.rs ────────────┘   └────────────────── select.rs ──────────────────┘   └ tokens.rs
+//! read → language → quality → personal data → (split) → exact duplicates → near duplicates → Parquet → tokens → publish
+//! └────────────────── filter.rs ────────────────────┘   └────────────── select.rs ───────────────┘   └ tokens.rs
 //! ```
 //!
-//! Documents stream through; between the passes they lie in files of the attempt. Held in memory are one document, one
-//! Parquet row group, 16 bytes and a few band entries a kept record, and, while the tokenizer is trained, the different
-//! words of the training records. Text of the data never reaches a log, a message or a report.
+//! Documents stream through; between the passes they lie in files without a name, which end with the process. Held in
+//! memory are one document, one Parquet row group, about 300 bytes a kept record, and, while the tokenizer is trained,
+//! the different words of a bounded part of the training records. Text of the data never reaches a log, a message or a
+//! report.
 
 mod check;
 mod dedup;
@@ -45,7 +46,7 @@ pub fn run(config: &CurateConfig, context: &StageContext) -> Result<Report, Stag
 
     let mut figures = Figures::default();
     let (filtered, inputs) = filter::filter_sources(&checked, context, &scratch.0, &mut figures)?;
-    let kept = select::select(&checked, context, &attempt, &scratch.0, &filtered, &mut figures)?;
+    let kept = select::select(&checked, context, &attempt, &scratch.0, filtered, &mut figures)?;
     if figures.train.documents == 0 {
         return Err(filter::nothing_left(&figures));
     }
@@ -59,7 +60,7 @@ pub fn run(config: &CurateConfig, context: &StageContext) -> Result<Report, Stag
             &mut figures,
         )?;
     }
-    attempt.write("README.md", publish::card(config, &figures).as_bytes())?;
+    attempt.write("README.md", publish::card(&checked, &figures).as_bytes())?;
     let report = serde_json::to_vec_pretty(&figures).expect("figures serialize to JSON");
     attempt.write("report.json", &report)?;
 

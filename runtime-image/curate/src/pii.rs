@@ -37,15 +37,17 @@ impl PiiKind {
     }
 
     fn pattern(self) -> &'static Regex {
+        // Letters of scripts that write spaces: in others a name and the words before it would be one.
         static EMAIL: LazyLock<Regex> = LazyLock::new(|| {
-            compile(
-                r"[A-Za-z0-9][A-Za-z0-9._%+-]{0,63}@[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63}){0,8}\.[A-Za-z]{2,24}",
-            )
+            let letter = r"\p{Latin}\p{Greek}\p{Cyrillic}\p{M}0-9";
+            compile(&format!(
+                r"[{letter}][{letter}.'’_%+-]*@[{letter}-]+(?:\.[{letter}-]+)*\.[A-Za-z]{{2,24}}"
+            ))
         });
         // With a country code: "+49 30 1234567", "+1 (555) 010-9999". Without: North American numbers with separators.
         static PHONE: LazyLock<Regex> = LazyLock::new(|| {
             compile(
-                r"\+[1-9][0-9]{0,2}(?:[ .\-/]?\(?[0-9]{1,4}\)?){2,6}|\(?[2-9][0-9]{2}\)?[ .\-][0-9]{3}[ .\-][0-9]{4}",
+                r"\+[1-9][0-9]{0,2}(?:[ .\-/]?\(?[0-9]{1,4}\)?){2,6}|(?:\b1[ .\-])?\(?[2-9][0-9]{2}\)?[ .\-][0-9]{3}[ .\-][0-9]{4}",
             )
         });
         static ADDRESS: LazyLock<Regex> =
@@ -57,25 +59,35 @@ impl PiiKind {
         }
     }
 
-    /// Whether what the pattern found in `text` is one.
+    /// Whether what the pattern found in `text` is one, and not part of a longer number, identifier, version or sum.
     fn accepts(self, text: &str, found: Range<usize>) -> bool {
-        let before = text[..found.start].chars().next_back();
-        let mut after = text[found.end..].chars();
-        let (next, second) = (after.next(), after.next());
-        // Part of a longer number, identifier, version or sum is none.
-        let joined = |c: char| c.is_alphanumeric() || matches!(c, '_' | '.' | '-' | '+' | '/' | '=' | ':');
-        let ends_sentence = matches!(next, Some('.' | ':' | '-' | '/')) && second.is_none_or(|c| !c.is_alphanumeric());
-        let apart = before.is_none_or(|c| !joined(c) || (c == ':' && self != Self::IpAddress))
-            && (next.is_none_or(|c| !joined(c)) || ends_sentence);
-        let span = &text[found];
+        let span = &text[found.clone()];
+        let (before, after) = (&text[..found.start], &text[found.end..]);
+        let v6 = span.contains(':');
+        let starts = match before.chars().next_back() {
+            // Of a path only the host is an address: "http://203.0.113.7/", not "lib/1.2.3.4/".
+            Some('/') => self == Self::IpAddress && before.ends_with("//"),
+            Some(':') => !v6,
+            Some(c) => !c.is_alphanumeric() && !matches!(c, '_' | '.' | '-' | '+'),
+            None => true,
+        };
+        let mut next = after.chars();
+        let ends = match (next.next(), next.next().is_some_and(char::is_alphanumeric)) {
+            // A port, a path or a prefix length follows.
+            (Some(':'), true) => self == Self::IpAddress && !v6,
+            (Some('/'), more) => self == Self::IpAddress || !more,
+            (Some('.' | '-' | ':'), more) => !more,
+            (Some(c), _) => !c.is_alphanumeric() && !matches!(c, '_' | '+' | '='),
+            (None, _) => true,
+        };
         match self {
             Self::Email => true,
             Self::Phone => {
                 let digits = span.bytes().filter(u8::is_ascii_digit).count();
                 let least = if span.starts_with('+') { 8 } else { 10 };
-                apart && (least..=15).contains(&digits)
+                starts && ends && (least..=15).contains(&digits)
             }
-            Self::IpAddress => apart && span.parse().is_ok_and(is_public),
+            Self::IpAddress => starts && ends && span.parse().is_ok_and(is_public),
         }
     }
 }
@@ -146,6 +158,19 @@ mod tests {
                 "from 203.0.113.7 and 2001:db8::1, port 80",
                 "from <IP_ADDRESS> and <IP_ADDRESS>, port 80",
             ),
+            (
+                "http://203.0.113.7/x, 203.0.113.7:8080, ip=203.0.113.7, IP:203.0.113.7, http://[2001:db8::1]:80/",
+                "http://<IP_ADDRESS>/x, <IP_ADDRESS>:8080, ip=<IP_ADDRESS>, IP:<IP_ADDRESS>, http://[<IP_ADDRESS>]:80/",
+            ),
+            (
+                "1-555-010-9999, 1-800-555-0199, tel=+44 20 7946 0958",
+                "<PHONE>, <PHONE>, tel=<PHONE>",
+            ),
+            (
+                "jörg.müller@bücher.example, иван@театр.example, o'brien@globe.example",
+                "<EMAIL>, <EMAIL>, <EMAIL>",
+            ),
+            ("请写信给bob@globe.example谢谢", "请写信给<EMAIL>谢谢"),
         ] {
             assert_eq!(redact(text, &find(text)), redacted);
         }
@@ -157,6 +182,8 @@ mod tests {
             "1.5.255.1.9 is an object identifier; a@b is no address",
             "2 + 1234567 = 1234569",
             "scene 555-010-99991",
+            "lib/4.3.2.1/x.js, v4.3.2.1, tool-4.3.2.1, 4.3.2.1-beta",
+            "https://globe.example/555-010-9999/1-555-010-9999",
         ] {
             assert_eq!(find(text), [], "{text}");
         }

@@ -6,8 +6,11 @@
 
 mod text;
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::sync::LazyLock;
 
+use regex::Regex;
 use strata_contract::{Quality, QualityPreset, QualityRule};
 
 pub(crate) use text::Analysis;
@@ -211,18 +214,13 @@ fn boilerplate(line: &str, switch: f64) -> LineVerdict {
 }
 
 /// The rules of a configuration, with their thresholds.
+///
+/// They judge in this order: [`QualityFilter::judge_whole`], [`QualityFilter::drop_lines`], and on what that leaves
+/// [`QualityFilter::judge_rest`].
 pub(crate) struct QualityFilter {
-    /// Filter by filter, the rules that are on.
-    filters: Vec<Vec<(&'static Rule, f64)>>,
-}
-
-/// What became of a document.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Verdict {
-    /// It is kept, with its text if lines were dropped.
-    Keep(Option<String>),
-    /// It is dropped for this rule.
-    Drop(QualityRule),
+    /// The rules that are on, by whether they judge a text before lines are dropped from it.
+    whole: Vec<(&'static Rule, f64)>,
+    rest: Vec<(&'static Rule, f64)>,
 }
 
 impl QualityFilter {
@@ -248,77 +246,79 @@ impl QualityFilter {
             let threshold = overrides.get(&rule.rule).copied().unwrap_or(Some(rule.threshold));
             threshold.map(|threshold| (rule, threshold))
         };
+        let before = |filter: &&Filter| matches!(filter, GopherRepetition | GopherQuality);
+        let (whole, rest): (Vec<&Filter>, Vec<&Filter>) = filters.iter().partition(before);
+        let rules = |filters: Vec<&Filter>| {
+            let rules = filters.into_iter().flat_map(|filter| of(*filter));
+            rules.filter_map(threshold).collect()
+        };
         Ok(Self {
-            filters: filters
-                .iter()
-                .map(|filter| of(*filter).filter_map(threshold).collect())
-                .collect(),
+            whole: rules(whole),
+            rest: rules(rest),
         })
     }
 
-    /// Judges a text; `lines` counts the lines that each line rule dropped.
-    pub(crate) fn judge(&self, text: &str, analysis: &Analysis<'_>, lines: &mut BTreeMap<String, u64>) -> Verdict {
-        let mut edited: Option<String> = None;
-        for rules in &self.filters {
-            match drop_lines(rules, edited.as_deref().unwrap_or(text), lines) {
-                Ok(None) => {}
-                Ok(shorter) => edited = shorter,
-                Err(rule) => return Verdict::Drop(rule),
-            }
-            // Only a text that lost lines is split into words again.
-            let again = edited.as_deref().map(Analysis::new);
-            let (analysis, text) = (again.as_ref().unwrap_or(analysis), edited.as_deref().unwrap_or(text));
-            for (rule, threshold) in rules {
-                let dropped = match rule.test {
-                    Min(measure) => measure(analysis, text) < *threshold,
-                    Max(measure) => measure(analysis, text) > *threshold,
-                    Line(_) => false,
-                };
-                if dropped {
-                    return Verdict::Drop(rule.rule);
+    /// The rule that drops a text as it was read.
+    pub(crate) fn judge_whole(&self, text: &str, analysis: &Analysis<'_>) -> Result<(), QualityRule> {
+        judge(&self.whole, text, analysis)
+    }
+
+    /// The rule that drops a text of which [`QualityFilter::drop_lines`] left this.
+    pub(crate) fn judge_rest(&self, text: &str, analysis: &Analysis<'_>) -> Result<(), QualityRule> {
+        judge(&self.rest, text, analysis)
+    }
+
+    /// `text` without citations and the lines that a rule drops (`None`: it keeps all), or the rule that drops the
+    /// document; `counts` counts the lines by rule.
+    pub(crate) fn drop_lines(
+        &self,
+        text: &str,
+        counts: &mut BTreeMap<String, u64>,
+    ) -> Result<Option<String>, QualityRule> {
+        static CITATION: LazyLock<Regex> = LazyLock::new(|| {
+            Regex::new(r"\[\d*\]|\[edit\]|\[citation needed\]").expect("the pattern is a constant that a test compiles")
+        });
+        let line_rule = |&(rule, threshold): &(&'static Rule, f64)| match rule.test {
+            Line(judge) => Some((rule.rule, judge, threshold)),
+            _ => None,
+        };
+        let rules: Vec<_> = self.rest.iter().filter_map(line_rule).collect();
+        if rules.is_empty() {
+            return Ok(None);
+        }
+        let mut kept: Vec<Cow<'_, str>> = Vec::new();
+        let mut changed = false;
+        'lines: for line in text.lines() {
+            let line = CITATION.replace_all(line, "");
+            changed |= matches!(line, Cow::Owned(_));
+            for (rule, judge, threshold) in &rules {
+                match judge(line.trim(), *threshold) {
+                    LineVerdict::Keep => {}
+                    LineVerdict::DropLine => {
+                        changed = true;
+                        // An empty line is a border between paragraphs; losing it is not worth a count.
+                        if !line.trim().is_empty() {
+                            *counts.entry(format!("{rule:?}")).or_default() += 1;
+                        }
+                        continue 'lines;
+                    }
+                    LineVerdict::DropDocument => return Err(*rule),
                 }
             }
+            kept.push(line);
         }
-        Verdict::Keep(edited)
+        let lines = kept.iter().map(|line| line.trim_end()).collect::<Vec<_>>();
+        Ok(changed.then(|| lines.join("\n").trim().to_owned()))
     }
 }
 
-/// `text` without the lines that a rule drops (`None`: it keeps all), or the rule that drops the document.
-fn drop_lines(
-    rules: &[(&'static Rule, f64)],
-    text: &str,
-    counts: &mut BTreeMap<String, u64>,
-) -> Result<Option<String>, QualityRule> {
-    let rules: Vec<_> = rules
-        .iter()
-        .filter_map(|(rule, threshold)| match rule.test {
-            Line(judge) => Some((rule.rule, judge, *threshold)),
-            _ => None,
-        })
-        .collect();
-    if rules.is_empty() {
-        return Ok(None);
-    }
-    let mut kept: Vec<&str> = Vec::new();
-    let mut dropped = false;
-    'lines: for line in text.lines() {
-        for (rule, judge, threshold) in &rules {
-            match judge(line.trim(), *threshold) {
-                LineVerdict::Keep => {}
-                LineVerdict::DropLine => {
-                    dropped = true;
-                    // An empty line is a border between paragraphs; losing it is not worth a count.
-                    if !line.trim().is_empty() {
-                        *counts.entry(format!("{rule:?}")).or_default() += 1;
-                    }
-                    continue 'lines;
-                }
-                LineVerdict::DropDocument => return Err(*rule),
-            }
-        }
-        kept.push(line.trim_end());
-    }
-    Ok(dropped.then(|| kept.join("\n").trim().to_owned()))
+fn judge(rules: &[(&'static Rule, f64)], text: &str, analysis: &Analysis<'_>) -> Result<(), QualityRule> {
+    let drops = |&&(rule, threshold): &&(&'static Rule, f64)| match rule.test {
+        Min(measure) => measure(analysis, text) < threshold,
+        Max(measure) => measure(analysis, text) > threshold,
+        Line(_) => false,
+    };
+    rules.iter().find(drops).map_or(Ok(()), |(rule, _)| Err(rule.rule))
 }
 
 #[cfg(test)]
@@ -360,8 +360,13 @@ mod tests {
         QualityFilter::new(&Quality { preset, overrides }).unwrap()
     }
 
-    fn judge(filter: &QualityFilter, text: &str) -> Verdict {
-        filter.judge(text, &Analysis::new(text), &mut BTreeMap::new())
+    /// The text without lines that were dropped, if any were, or the rule that drops it.
+    fn judge(filter: &QualityFilter, text: &str) -> Result<Option<String>, QualityRule> {
+        filter.judge_whole(text, &Analysis::new(text))?;
+        let edited = filter.drop_lines(text, &mut BTreeMap::new())?;
+        let text = edited.as_deref().unwrap_or(text);
+        filter.judge_rest(text, &Analysis::new(text))?;
+        Ok(edited)
     }
 
     #[test]
@@ -435,13 +440,10 @@ mod tests {
                 &others.map(|rule| (rule, None)).collect::<Vec<_>>(),
             )
         };
-        assert_eq!(
-            judge(&quality(QualityPreset::FineWeb, &calm), &good),
-            Verdict::Keep(None)
-        );
+        assert_eq!(judge(&quality(QualityPreset::FineWeb, &calm), &good), Ok(None));
         for (rule, text) in cases {
-            assert_eq!(judge(&all_but(rule), &text), Verdict::Drop(rule), "{rule:?}");
-            assert_eq!(judge(&all_but(rule), &good), Verdict::Keep(None), "{rule:?}");
+            assert_eq!(judge(&all_but(rule), &text), Err(rule), "{rule:?}");
+            assert_eq!(judge(&all_but(rule), &good), Ok(None), "{rule:?}");
         }
     }
 
@@ -462,25 +464,26 @@ mod tests {
         };
         for rule in [Q::GopherTopNgrams, Q::GopherDuplicateNgrams] {
             let dropped = judge(&only(rule, Some(0.5)), &text);
-            assert_eq!(dropped, Verdict::Drop(rule));
-            assert_eq!(judge(&only(rule, Some(1000.0)), &text), Verdict::Keep(None), "{rule:?}");
+            assert_eq!(dropped, Err(rule));
+            assert_eq!(judge(&only(rule, Some(1000.0)), &text), Ok(None), "{rule:?}");
         }
         assert_eq!(
             judge(&only(Q::GopherDuplicateNgrams, Some(1.0)), &text),
-            Verdict::Drop(Q::GopherDuplicateNgrams)
+            Err(Q::GopherDuplicateNgrams)
         );
     }
 
     #[test]
-    fn line_rules_drop_lines_and_count_them() {
+    fn line_rules_drop_lines_and_count_them_and_citations_go() {
         let filter = quality(QualityPreset::C4, &[(Q::C4MinSentences, Some(1.0))]);
         let long = "x".repeat(1001);
         let text = format!(
-            "A line that stays here.\nShort one\nPlease enable JavaScript now.\nOur Privacy Policy is long.\n{long} a b"
+            "A line[12] that stays here.[citation needed]\nShort one\nPlease enable JavaScript now.\nOur Privacy Policy is long.\n{long} a b"
         );
         let mut lines = BTreeMap::new();
-        let verdict = filter.judge(&text, &Analysis::new(&text), &mut lines);
-        assert_eq!(verdict, Verdict::Keep(Some("A line that stays here.".into())));
+        let left = filter.drop_lines(&text, &mut lines);
+        assert_eq!(left, Ok(Some("A line that stays here.".into())));
+        assert_eq!(judge(&filter, &text), left);
         let expected =
             [("C4Boilerplate", 2), ("C4LongWord", 1), ("C4ShortLine", 1)].map(|(name, n)| (name.to_owned(), n));
         assert_eq!(lines, BTreeMap::from(expected));

@@ -82,16 +82,11 @@ impl Body {
     }
 
     /// What must not be torn apart between training and held-out: equal texts, or equal first questions.
-    pub(crate) fn group(&self, words: &[u64]) -> u128 {
+    ///
+    /// `text` is the digest of all of its normalized text.
+    pub(crate) fn group(&self, text: u128) -> u128 {
         match self {
-            Self::Text(_) => digest(
-                words
-                    .iter()
-                    .map(|word| word.to_le_bytes())
-                    .collect::<Vec<_>>()
-                    .iter()
-                    .map(|b| &b[..]),
-            ),
+            Self::Text(_) => text,
             Self::Pair(pair) => {
                 let first = pair.prompt.first().map_or("", |turn| turn.content.as_str());
                 let normalized = first.split_whitespace().collect::<Vec<_>>().join(" ").to_lowercase();
@@ -100,31 +95,40 @@ impl Body {
         }
     }
 
-    /// Kinds of the spans of personal data in it.
-    pub(crate) fn personal_data(&self) -> Vec<PiiKind> {
-        self.parts()
-            .flat_map(|part| pii::find(part))
-            .map(|(kind, _)| kind)
-            .collect()
-    }
-
-    /// Replaces the spans of personal data by tags.
-    pub(crate) fn redact(&mut self) {
-        let redact = |text: &mut String| {
+    /// Kinds of the spans of personal data in it; if asked for, they are replaced by tags.
+    pub(crate) fn personal_data(&mut self, redact: bool) -> Vec<PiiKind> {
+        let mut kinds = Vec::new();
+        let mut look = |text: &mut String| {
             let spans = pii::find(text);
-            if !spans.is_empty() {
+            kinds.extend(spans.iter().map(|(kind, _)| *kind));
+            if redact && !spans.is_empty() {
                 *text = pii::redact(text, &spans);
             }
         };
         match self {
-            Self::Text(text) => redact(text),
+            Self::Text(text) => look(text),
             Self::Pair(pair) => {
-                pair.prompt.iter_mut().for_each(|turn| redact(&mut turn.content));
-                redact(&mut pair.chosen);
-                redact(&mut pair.rejected);
+                pair.prompt.iter_mut().for_each(|turn| look(&mut turn.content));
+                look(&mut pair.chosen);
+                look(&mut pair.rejected);
             }
         }
+        kinds
     }
+}
+
+/// `origin` without what an address may say of a person: user, query and fragment, and spans of personal data.
+pub(crate) fn impersonal_origin(origin: &str) -> String {
+    let mut origin = origin.to_owned();
+    if let Some(at) = origin.find("://").map(|at| at + 3) {
+        let end = origin.find(['?', '#']).unwrap_or(origin.len());
+        origin.truncate(end.max(at));
+        let host_end = origin[at..].find('/').map_or(origin.len(), |slash| at + slash);
+        if let Some(user_end) = origin[at..host_end].rfind('@') {
+            origin.replace_range(at..=at + user_end, "");
+        }
+    }
+    pii::redact(&origin, &pii::find(&origin))
 }
 
 /// Reads a pair of transcripts; they share all but the last turn. The error is the reason in the figures.
@@ -246,8 +250,8 @@ mod tests {
                 }),
             )
         };
-        assert_eq!(pair("Why  so?", "a").group(&[]), pair("why so?", "b").group(&[1]));
-        assert_ne!(pair("Why?", "a").group(&[]), pair("How?", "a").group(&[]));
+        assert_eq!(pair("Why  so?", "a").group(0), pair("why so?", "b").group(1));
+        assert_ne!(pair("Why?", "a").group(0), pair("How?", "a").group(0));
         let held_out = (0..10_000u128).filter(|group| is_held_out(group * 7, 17, 10)).count();
         assert!((900..1100).contains(&held_out), "{held_out}");
         assert!((0..1000).all(|group| !is_held_out(group, 17, 0)));
@@ -255,5 +259,23 @@ mod tests {
             (0..100).any(|group| is_held_out(group, 1, 50) != is_held_out(group, 2, 50)),
             "the seed matters"
         );
+    }
+    #[test]
+    fn an_origin_says_where_a_record_is_from_and_nothing_of_a_person() {
+        for (origin, expected) in [
+            (
+                "https://bob:secret@globe.example/a/b.html?email=bob@globe.example#bob",
+                "https://globe.example/a/b.html",
+            ),
+            ("http://globe.example?user=bob", "http://globe.example"),
+            ("http://globe.example/@bob/1", "http://globe.example/@bob/1"),
+            (
+                "https://globe.example/of/bob@globe.example/",
+                "https://globe.example/of/<EMAIL>/",
+            ),
+            ("sub/file#2.jsonl#17", "sub/file#2.jsonl#17"),
+        ] {
+            assert_eq!(impersonal_origin(origin), expected);
+        }
     }
 }

@@ -2,7 +2,9 @@
 
 use std::fs::File;
 use std::io::{self, BufReader, BufWriter, Read, Write};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use strata_artifact::ArtifactError;
 
@@ -21,6 +23,20 @@ pub(crate) struct Spilled {
     pub(crate) signature: Option<Signature>,
 }
 
+/// A file that has no name any more, so that it is gone with the process however that ends.
+pub(crate) fn unnamed_file(path: &Path) -> Result<File, ArtifactError> {
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .open(path);
+    let file = file.map_err(|error| ArtifactError::writing(path, error))?;
+    // A share that keeps the names of open files has this one removed with its folder.
+    std::fs::remove_file(path).ok();
+    Ok(file)
+}
+
 /// Writes records to a file, one after the other.
 pub(crate) struct SpillWriter {
     path: PathBuf,
@@ -29,7 +45,7 @@ pub(crate) struct SpillWriter {
 
 impl SpillWriter {
     pub(crate) fn create(path: PathBuf) -> Result<Self, ArtifactError> {
-        let file = File::create(&path).map_err(|error| ArtifactError::writing(&path, error))?;
+        let file = unnamed_file(&path)?;
         Ok(Self {
             path,
             file: BufWriter::with_capacity(1 << 18, file),
@@ -59,30 +75,62 @@ impl SpillWriter {
     /// Ends writing; the records can be read as often as needed.
     pub(crate) fn finish(self) -> Result<Spill, ArtifactError> {
         let Self { path, file } = self;
-        file.into_inner()
+        let file = file
+            .into_inner()
             .map_err(|error| ArtifactError::writing(&path, error.into_error()))?;
-        Ok(Spill { path })
+        Ok(Spill {
+            path,
+            file: Arc::new(file),
+        })
     }
 }
 
 /// Records in a file.
 pub(crate) struct Spill {
     path: PathBuf,
+    file: Arc<File>,
 }
 
 impl Spill {
     /// The records in their order.
-    pub(crate) fn read(
-        &self,
-    ) -> Result<impl Iterator<Item = Result<Spilled, ArtifactError>> + Send + use<>, ArtifactError> {
-        let path = self.path.clone();
-        let file = File::open(&path).map_err(|error| ArtifactError::reading(&path, error))?;
-        let mut file = BufReader::with_capacity(1 << 18, file);
-        Ok(std::iter::from_fn(move || next(&mut file, &path).transpose()))
+    pub(crate) fn read(&self) -> impl Iterator<Item = Result<Spilled, ArtifactError>> + Send + use<> {
+        let (path, file) = (self.path.clone(), self.file.clone());
+        let mut file = BufReader::with_capacity(1 << 18, FromStart { file, at: 0 });
+        std::iter::from_fn(move || next(&mut file, &path).transpose())
     }
 }
 
-fn next(file: &mut BufReader<File>, path: &Path) -> Result<Option<Spilled>, ArtifactError> {
+/// Some of the records in a file: those whose place in it is `true`.
+pub(crate) struct Selected {
+    pub(crate) spill: Spill,
+    pub(crate) kept: Vec<bool>,
+}
+
+impl Selected {
+    /// The records in their order.
+    pub(crate) fn read(&self) -> impl Iterator<Item = Result<Spilled, ArtifactError>> + Send {
+        self.spill
+            .read()
+            .zip(&self.kept)
+            .filter_map(|(record, &kept)| (kept || record.is_err()).then_some(record))
+    }
+}
+
+/// Reads a file from its start, whoever else reads it.
+struct FromStart {
+    file: Arc<File>,
+    at: u64,
+}
+
+impl Read for FromStart {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.file.read_at(buffer, self.at)?;
+        self.at += count as u64;
+        Ok(count)
+    }
+}
+
+fn next(file: &mut BufReader<FromStart>, path: &Path) -> Result<Option<Spilled>, ArtifactError> {
     let reading = |error: io::Error| ArtifactError::reading(path, error);
     let mut header = [0u8; 40];
     match file.read_exact(&mut header) {
@@ -113,4 +161,40 @@ fn next(file: &mut BufReader<File>, path: &Path) -> Result<Option<Spilled>, Arti
         words: number(32),
         signature,
     }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::record::Body;
+
+    #[test]
+    fn records_read_back_as_often_as_asked_and_leave_nothing_if_the_process_is_killed() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut writer = SpillWriter::create(folder.path().join("records")).unwrap();
+        let record = |id: &str| Spilled {
+            record: Record {
+                id: id.into(),
+                source: "s".into(),
+                origin: "o".into(),
+                language: "en".into(),
+                language_score: 0.5,
+                body: Body::Text("text".into()),
+            },
+            digest: 7,
+            words: 1,
+            signature: None,
+        };
+        let records = ["a", "b", "c"].map(record);
+        records.iter().for_each(|record| writer.push(record).unwrap());
+        let spill = writer.finish().unwrap();
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+        let read = |spill: &Spill| spill.read().map(Result::unwrap).collect::<Vec<_>>();
+        assert_eq!(read(&spill), records);
+        assert_eq!(read(&spill), records);
+        let kept = vec![true, false, true];
+        let selected = Selected { spill, kept };
+        let ids: Vec<_> = selected.read().map(|record| record.unwrap().record.id).collect();
+        assert_eq!(ids, ["a", "c"]);
+    }
 }

@@ -1,7 +1,5 @@
 //! The last pass: a tokenizer from the training records, and both splits as token files.
 
-use std::sync::Mutex;
-
 use strata_artifact::{ArtifactError, Attempt};
 use strata_contract::{EncodeConfig, FailureReason};
 use strata_encode::{EncodeError, Packer, TextTokenizer, TokenWriter, tokenizer_config_json};
@@ -9,21 +7,24 @@ use strata_stage::{StageContext, StageError};
 
 use crate::figures::{Figures, SplitFigures};
 use crate::filter::{Splits, interrupted};
-use crate::spill::Spill;
+use crate::spill::Selected;
+
+/// Most text that a tokenizer is trained on: more changes no vocabulary, and its different words are held in memory.
+const TRAINING_LIMIT_BYTES: u128 = 256 * 1024 * 1024;
 
 /// Trains the tokenizer and writes `tokenizer.json` and the token files.
 pub(crate) fn encode(
     config: &EncodeConfig,
     context: &StageContext,
     attempt: &Attempt,
-    kept: &Splits<Spill>,
+    kept: &Splits<Selected>,
     has_held_out: bool,
     figures: &mut Figures,
 ) -> Result<(), StageError> {
     context
         .progress
         .start("training the tokenizer", "documents", figures.train.documents);
-    let tokenizer = train(config, context, &kept.train)?;
+    let tokenizer = train(config, context, &kept.train, figures.train.bytes)?;
     let json = tokenizer.to_json().map_err(failed)?;
     attempt.write("tokenizer.json", json.as_bytes())?;
     let tokenizer_config = tokenizer_config_json(config.sequence_length_tokens);
@@ -57,24 +58,24 @@ pub(crate) fn encode(
     Ok(())
 }
 
-fn train(config: &EncodeConfig, context: &StageContext, records: &Spill) -> Result<TextTokenizer, StageError> {
-    // The library asks for texts, not for results: the first error ends the texts, and is looked at when it is done.
-    let error: Mutex<Option<StageError>> = Mutex::new(None);
-    let texts = records.read()?.map_while(|spilled| {
-        let text = match spilled {
-            _ if context.interrupt.is_set() => Err(interrupted()),
-            Ok(spilled) => Ok(spilled.record.body.text()),
-            Err(error) => Err(error.into()),
-        };
+/// Trains the tokenizer on the records, of which there are `bytes` of text.
+fn train(
+    config: &EncodeConfig,
+    context: &StageContext,
+    records: &Selected,
+    bytes: u64,
+) -> Result<TextTokenizer, StageError> {
+    // Of more text the same share of every source, by the records' hashes.
+    let is_drawn = |digest: u128| (u128::from(digest as u64) * u128::from(bytes)) >> 64 < TRAINING_LIMIT_BYTES;
+    let texts = records.read().filter_map(|spilled| {
         context.progress.add(1);
-        text.map_err(|found| *error.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(found))
-            .ok()
+        match spilled {
+            _ if context.interrupt.is_set() => Some(Err(interrupted())),
+            Ok(spilled) => is_drawn(spilled.digest).then(|| Ok(spilled.record.body.text())),
+            Err(error) => Some(Err(error.into())),
+        }
     });
-    let trained = TextTokenizer::train(texts, config.vocab_size);
-    match error.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner) {
-        Some(error) => Err(error),
-        None => trained.map_err(failed),
-    }
+    TextTokenizer::train_from(texts, config.vocab_size, failed)
 }
 
 fn write_tokens(
@@ -83,7 +84,7 @@ fn write_tokens(
     context: &StageContext,
     attempt: &Attempt,
     tokenizer: &TextTokenizer,
-    records: &Spill,
+    records: &Selected,
     figures: &mut SplitFigures,
 ) -> Result<(), StageError> {
     let (bin, idx) = (format!("tokens/{name}.bin"), format!("tokens/{name}.idx"));
@@ -92,7 +93,7 @@ fn write_tokens(
     let mut writer = TokenWriter::new(attempt.file(&bin)?, tokenizer.vocab_size());
     let mut packer = Packer::new(config.packing, config.sequence_length_tokens);
     let mut tokens = Vec::new();
-    for spilled in records.read()? {
+    for spilled in records.read() {
         if context.interrupt.is_set() {
             return Err(interrupted());
         }

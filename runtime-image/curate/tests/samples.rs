@@ -150,6 +150,13 @@ fn the_plays_become_a_data_set_with_a_tokenizer_and_token_files() {
     assert_eq!(figures["sources"]["crawl"]["documentsSeen"], 1);
     assert_eq!(figures["sources"]["crawl"]["documentsKept"], 0);
     assert_eq!(figures["steps"]["language"]["dropped"]["closest to es"], 1);
+    assert_eq!(figures["sources"]["crawl"]["dropped"]["language"]["closest to es"], 1);
+    let bytes = |value: &Value| value.as_u64().unwrap();
+    let (dropped, crawled) = (
+        &figures["steps"]["language"]["bytesDropped"],
+        &figures["sources"]["crawl"]["bytesSeen"],
+    );
+    assert!(bytes(dropped) >= bytes(crawled) && bytes(crawled) > 0, "{figures}");
 
     // Nothing is in both splits, and the sizes are those that the report says.
     let (train, test) = (rows(&opened, "train"), rows(&opened, "test"));
@@ -198,6 +205,18 @@ fn the_plays_become_a_data_set_with_a_tokenizer_and_token_files() {
     let card = std::fs::read_to_string(opened.file("README.md").unwrap()).unwrap();
     assert!(card.starts_with("---\nlicense:\n- cc0-1.0\n- unknown\n"), "{card}");
     assert!(card.find("> For demonstration.").unwrap() < card.find("## Sources").unwrap());
+    for said in [
+        "GopherAlphabeticWords 0.7",
+        "C4ShortLine off",
+        "similar by 80 %",
+        "| personal data | Redact |",
+        "seed 17",
+        "1024 entries",
+        "256 tokens, BestFit",
+        "resemble one by 80 % or more were dropped",
+    ] {
+        assert!(card.contains(said), "{said:?} is not in {card}");
+    }
 
     // The same again is the same, bit for bit; temporary files are gone.
     let (again, _) = published(&plays(), &folder.path().join("two"));
@@ -228,6 +247,12 @@ fn each_page_becomes_what_the_readme_says() {
     assert_eq!(steps["nearDuplicates"]["dropped"], json!({"duplicate": 1}), "{steps}");
     assert_eq!(steps["exactDuplicates"]["dropped"], json!({"duplicate": 1}), "{steps}");
     assert_eq!(report.metrics["droppedByQuality"], 1.0);
+
+    let card = std::fs::read_to_string(opened.file("README.md").unwrap()).unwrap();
+    assert!(
+        !card.contains("| test |") && !card.contains("test split"),
+        "nothing is held out: {card}"
+    );
 
     let wanted = &kept["players-wanted.html"];
     assert!(
@@ -310,29 +335,58 @@ fn preferences_are_split_by_first_question_and_stay_out_of_the_report() {
 
 #[test]
 fn a_training_record_that_resembles_a_held_out_one_is_the_one_that_goes() {
-    // Over the seeds each of the three alike pages is held out sometimes; never is one in train while another is in test.
-    let mut overlaps = 0.0;
-    for seed in 0..12 {
-        let folder = tempfile::tempdir().unwrap();
-        let config = pages(|config| {
-            config["seed"] = json!(seed);
-            config["heldOutPercent"] = json!(40);
-            config["quality"] = Value::Null;
-        });
-        let (report, opened) = match run(&config, folder.path()) {
-            Err(error) if error.reason == FailureReason::NothingLeft => continue,
-            _ => published(&config, &folder.path().join("again")),
-        };
-        let globes = |split: &str| {
-            rows(&opened, split)
-                .iter()
-                .filter(|row| row.get_string(3).unwrap().contains("globe"))
-                .count()
-        };
-        assert_eq!(globes("train") + globes("test"), 1, "seed {seed}");
-        overlaps += report.metrics["droppedAsHeldOutOverlap"];
+    // Over the seeds each of the three alike pages is held out sometimes; never is one in train while another is in test,
+    // whether or not duplicates within a split are dropped.
+    for deduplicate in [true, false] {
+        let mut overlaps = 0.0;
+        for seed in 0..12 {
+            let folder = tempfile::tempdir().unwrap();
+            let config = pages(|config| {
+                config["seed"] = json!(seed);
+                config["heldOutPercent"] = json!(40);
+                config["quality"] = Value::Null;
+                if !deduplicate {
+                    config["deduplicateExact"] = json!(false);
+                    config["minHashSimilarityPercent"] = Value::Null;
+                }
+            });
+            let (report, opened) = match run(&config, folder.path()) {
+                Err(error) if error.reason == FailureReason::NothingLeft => continue,
+                _ => published(&config, &folder.path().join("again")),
+            };
+            let globes = |split: &str| {
+                rows(&opened, split)
+                    .iter()
+                    .filter(|row| row.get_string(3).unwrap().contains("globe"))
+                    .count()
+            };
+            let (train, test) = (globes("train"), globes("test"));
+            assert!(train == 0 || test == 0, "seed {seed}: {train} and {test}");
+            assert!(!deduplicate || train + test == 1, "seed {seed}: {train} and {test}");
+            overlaps += report.metrics["droppedAsHeldOutOverlap"];
+        }
+        assert!(overlaps > 0.0);
     }
-    assert!(overlaps > 0.0);
+}
+
+#[test]
+fn a_record_that_is_dropped_for_personal_data_takes_no_other_with_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("two.jsonl");
+    let line = |end: &str| {
+        let words: String = (0..200).map(|n| format!("word{n} ")).collect();
+        json!({"text": format!("{words}{end}")}).to_string() + "\n"
+    };
+    std::fs::write(&file, line("write to bob@globe.example") + &line("write to us")).unwrap();
+    let config = pages(|c| {
+        c["sources"] = json!([{"name": "s", "uri": uri(&file), "format": {"jsonl": {"textField": "text"}}}]);
+        c["quality"] = Value::Null;
+        c["languages"] = json!([]);
+        c["pii"] = json!("Drop");
+    });
+    let (report, opened) = published(&config, &folder.path().join("run"));
+    assert_eq!(report.metrics["droppedForPii"], 1.0);
+    assert_eq!(rows(&opened, "train")[0].get_string(0).unwrap(), "s-000000002");
 }
 
 #[test]
@@ -343,7 +397,35 @@ fn what_cannot_be_carried_out_says_why_and_publishes_nothing() {
     std::fs::write(&warc, &bytes[..bytes.len() / 2]).unwrap();
     let cut = uri(&warc);
     let missing = uri(&truncated.path().join("none/*.warc.gz"));
-    let cases: [(FailureReason, &str, Value); 9] = [
+    let empty = truncated.path().join("empty.jsonl");
+    std::fs::write(&empty, "\n").unwrap();
+    let statuses = truncated.path().join("statuses.warc");
+    let gone = "HTTP/1.1 410 Gone\r\n\r\n";
+    let record = format!(
+        "WARC/1.0\r\nWARC-Type: response\r\nContent-Type: application/http\r\nContent-Length: {}\r\n\r\n{gone}\r\n\r\n",
+        gone.len()
+    );
+    std::fs::write(&statuses, record).unwrap();
+    let also = |c: &mut Value, path: &Path, format: Value| {
+        let source = json!({"name": "also", "uri": uri(path), "format": format});
+        c["sources"].as_array_mut().unwrap().push(source);
+    };
+    let cases: [(FailureReason, &str, Value); 12] = [
+        (
+            FailureReason::NothingLeft,
+            "source \"also\" holds no document: it is empty",
+            pages(|c| also(c, &empty, json!({"jsonl": {"textField": "text"}}))),
+        ),
+        (
+            FailureReason::NothingLeft,
+            "source \"also\" holds no document: of 1 records none could be read, 1 for httpStatus",
+            pages(|c| also(c, &statuses, json!("webCrawl"))),
+        ),
+        (
+            FailureReason::ConfigInvalid,
+            "set 1 to 5242880",
+            pages(|c| also(c, &empty, json!({"text": {"splitBytes": 20_000_000}}))),
+        ),
         (
             FailureReason::InputCorrupt,
             "cut.warc.gz is damaged at",

@@ -1,8 +1,12 @@
 //! A byte-level BPE tokenizer: trained on text, kept as Hugging Face's `tokenizer.json`.
 
+use std::sync::{Mutex, PoisonError};
+
 use tokenizers::models::bpe::{BPE, BpeTrainer};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-use tokenizers::{AddedToken, ModelWrapper, Tokenizer, models::TrainerWrapper};
+use tokenizers::{
+    AddedToken, ModelWrapper, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer, Tokenizer, Trainer,
+};
 
 /// The token that ends a document. Text cannot contain it: written in a text, it is encoded as the characters it is.
 pub const END_OF_TEXT: &str = "<|endoftext|>";
@@ -43,31 +47,59 @@ pub struct TextTokenizer {
 
 impl TextTokenizer {
     /// Trains a vocabulary of exactly `vocab_size` entries on `texts`; equal texts give an equal tokenizer.
+    pub fn train(texts: impl Iterator<Item = String> + Send, vocab_size: u32) -> Result<Self, EncodeError> {
+        Self::train_from(texts.map(Ok), vocab_size, |error| error)
+    }
+
+    /// As [`TextTokenizer::train`], on texts that may end in an error; that error is then the result, and nothing is
+    /// computed any more.
     ///
     /// Held in memory are the different words of the texts with their counts, not the texts.
-    pub fn train(texts: impl Iterator<Item = String> + Send, vocab_size: u32) -> Result<Self, EncodeError> {
+    pub fn train_from<E: Send>(
+        texts: impl Iterator<Item = Result<String, E>> + Send,
+        vocab_size: u32,
+        failed: impl Fn(EncodeError) -> E,
+    ) -> Result<Self, E> {
+        let library = |error| failed(EncodeError::Library(error));
         if vocab_size < MIN_VOCAB_SIZE {
-            return Err(EncodeError::VocabTooSmall(vocab_size));
+            return Err(failed(EncodeError::VocabTooSmall(vocab_size)));
         }
         let special = SPECIAL_TOKENS.map(|token| AddedToken::from(token, true));
-        let trainer = BpeTrainer::builder()
+        let mut trainer = BpeTrainer::builder()
             .vocab_size(vocab_size as usize)
             .show_progress(false)
             .special_tokens(special.into())
             .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
             .build();
-        let mut inner = Tokenizer::new(ModelWrapper::BPE(BPE::default()));
-        inner.with_pre_tokenizer(Some(ByteLevel::default().add_prefix_space(false)));
+        let words = ByteLevel::default().add_prefix_space(false);
+        // The library asks for texts, not for results: the first error ends the texts, before the merges are worked out.
+        let error: Mutex<Option<E>> = Mutex::new(None);
+        let texts = texts.map_while(|text| {
+            text.map_err(|found| *error.lock().unwrap_or_else(PoisonError::into_inner) = Some(found))
+                .ok()
+        });
+        let fed = trainer.feed(texts, |text| {
+            let mut text = PreTokenizedString::from(text);
+            words.pre_tokenize(&mut text)?;
+            let splits = text.get_splits(OffsetReferential::Original, OffsetType::Byte);
+            Ok(splits.into_iter().map(|(word, ..)| word.to_owned()).collect())
+        });
+        if let Some(error) = error.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            return Err(error);
+        }
+        fed.map_err(library)?;
+        let mut model = BPE::default();
+        let special = trainer.train(&mut model).map_err(library)?;
+        let mut inner = Tokenizer::new(ModelWrapper::BPE(model));
+        inner.with_pre_tokenizer(Some(words));
         inner.with_decoder(Some(ByteLevel::default()));
-        inner.train(&mut TrainerWrapper::BpeTrainer(trainer), texts)?;
+        inner.add_special_tokens(special).map_err(library)?;
         let found = inner.get_vocab_size(true) as u32;
         if found != vocab_size {
-            return Err(EncodeError::TextTooSmall {
-                asked: vocab_size,
-                found,
-            });
+            let asked = vocab_size;
+            return Err(failed(EncodeError::TextTooSmall { asked, found }));
         }
-        Self::new(inner)
+        Self::new(inner).map_err(failed)
     }
 
     /// Reads a `tokenizer.json`.
@@ -194,6 +226,14 @@ mod tests {
             TextTokenizer::train(few(), 5000),
             Err(EncodeError::TextTooSmall { asked: 5000, .. })
         ));
+    }
+
+    #[test]
+    fn an_error_among_the_texts_ends_training_before_the_merges() {
+        // So few texts could not yield this vocabulary: that error would come after the merges.
+        let texts = [Ok("one two".to_owned()), Err("stop"), Ok("three".to_owned())];
+        let trained = TextTokenizer::train_from(texts.into_iter(), 60_000, |_| "merged");
+        assert_eq!(trained.err(), Some("stop"));
     }
 
     #[test]

@@ -6,7 +6,8 @@ use serde_json::Value;
 use strata_contract::{CurateConfig, Task};
 
 use super::parquet::features;
-use crate::figures::Figures;
+use crate::check::Checked;
+use crate::figures::{Figures, SplitFigures};
 
 /// Licences that the hub knows, by SPDX name.
 const HUB_LICENSES: [&str; 16] = [
@@ -29,12 +30,21 @@ const HUB_LICENSES: [&str; 16] = [
 ];
 
 /// The card's text.
-pub(crate) fn write(config: &CurateConfig, figures: &Figures) -> String {
+pub(crate) fn write(checked: &Checked<'_>, figures: &Figures) -> String {
     let mut out = String::from("---\n");
-    head(&mut out, config, figures).expect("writing to a string does not fail");
+    head(&mut out, checked.config, figures).expect("writing to a string does not fail");
     out.push_str("---\n\n");
-    body(&mut out, config, figures).expect("writing to a string does not fail");
+    body(&mut out, checked, figures).expect("writing to a string does not fail");
     out
+}
+
+/// The splits that there are.
+fn splits<'f>(config: &CurateConfig, figures: &'f Figures) -> Vec<(&'static str, &'f SplitFigures)> {
+    let mut splits = vec![("train", &figures.train)];
+    if config.held_out_percent > 0 {
+        splits.push(("test", &figures.held_out));
+    }
+    splits
 }
 
 /// YAML; every text in it is a JSON string, which YAML reads as it is.
@@ -59,10 +69,7 @@ fn head(out: &mut String, config: &CurateConfig, figures: &Figures) -> std::fmt:
             .iter()
             .try_for_each(|language| writeln!(out, "- {}", quote(&language.code)))?;
     }
-    let splits: Vec<_> = [("train", &figures.train), ("test", &figures.held_out)]
-        .into_iter()
-        .filter(|(name, _)| *name == "train" || config.held_out_percent > 0)
-        .collect();
+    let splits = splits(config, figures);
     writeln!(out, "configs:\n- config_name: default\n  data_files:")?;
     for (name, _) in &splits {
         writeln!(
@@ -110,7 +117,8 @@ fn hub_license(spdx: Option<&str>) -> String {
     }
 }
 
-fn body(out: &mut String, config: &CurateConfig, figures: &Figures) -> std::fmt::Result {
+fn body(out: &mut String, checked: &Checked<'_>, figures: &Figures) -> std::fmt::Result {
+    let config = checked.config;
     let card = &config.card;
     let title = if card.title.is_empty() {
         "Data set"
@@ -148,9 +156,14 @@ fn body(out: &mut String, config: &CurateConfig, figures: &Figures) -> std::fmt:
         )?;
     }
 
+    writeln!(out, "\n## Configuration\n\n| what | value |\n|---|---|")?;
+    for (what, value) in configuration(config) {
+        writeln!(out, "| {what} | {value} |")?;
+    }
+
     writeln!(
         out,
-        "\n## Steps\n\n| step | seen | kept | dropped for | counted |\n|---|--:|--:|---|---|"
+        "\n## Steps\n\n| step | seen | kept | bytes dropped | dropped for | counted |\n|---|--:|--:|--:|---|---|"
     )?;
     let list = |counts: &std::collections::BTreeMap<String, u64>| {
         counts
@@ -163,10 +176,11 @@ fn body(out: &mut String, config: &CurateConfig, figures: &Figures) -> std::fmt:
         let (dropped, counts) = (list(&step.dropped), list(&step.counts));
         writeln!(
             out,
-            "| {} | {} | {} | {dropped} | {counts} |",
+            "| {} | {} | {} | {} | {dropped} | {counts} |",
             kind.title(),
             step.seen,
-            step.kept
+            step.kept,
+            step.bytes_dropped
         )?;
     }
 
@@ -174,7 +188,7 @@ fn body(out: &mut String, config: &CurateConfig, figures: &Figures) -> std::fmt:
         out,
         "\n## Splits\n\n| split | documents | bytes | tokens |\n|---|--:|--:|--:|"
     )?;
-    for (name, split) in [("train", &figures.train), ("test", &figures.held_out)] {
+    for (name, split) in splits(config, figures) {
         let tokens = if config.encode.is_some() {
             split.tokens.to_string()
         } else {
@@ -182,14 +196,64 @@ fn body(out: &mut String, config: &CurateConfig, figures: &Figures) -> std::fmt:
         };
         writeln!(out, "| {name} | {} | {} | {tokens} |", split.documents, split.bytes)?;
     }
-    let group = match config.task {
-        Task::Pretraining => "by document",
-        Task::Preference => "by first human turn",
+    if let (1.., Some(percent)) = (config.held_out_percent, checked.near_percent) {
+        let group = match config.task {
+            Task::Pretraining => "by document",
+            Task::Preference => "by first human turn",
+        };
+        writeln!(
+            out,
+            "\nThe test split holds about {} % of the records, chosen {group} before anything was deduplicated or trained \
+             on them; training records that equal a test record or resemble one by {percent} % or more were dropped.",
+            config.held_out_percent
+        )?;
+    }
+    Ok(())
+}
+
+/// What was asked for, as the configuration has it.
+fn configuration(config: &CurateConfig) -> Vec<(&'static str, String)> {
+    let or = |words: Vec<String>, none: &str| {
+        if words.is_empty() {
+            none.to_owned()
+        } else {
+            words.join(", ")
+        }
     };
-    writeln!(
-        out,
-        "\nThe test split holds about {} % of the records, chosen {group} before anything was deduplicated or trained on them; \
-         training records that equal or resemble a test record were dropped.",
-        config.held_out_percent
-    )
+    let languages = config.languages.iter();
+    let languages = languages.map(|one| format!("{} from {} % confidence", one.code, one.min_confidence_percent));
+    let quality = config.quality.as_ref().map(|quality| {
+        let overrides = quality.overrides.iter().map(|entry| match entry.threshold {
+            Some(threshold) => format!("{:?} {threshold}", entry.rule),
+            None => format!("{:?} off", entry.rule),
+        });
+        let preset = format!("preset {:?}", quality.preset);
+        [preset].into_iter().chain(overrides).collect()
+    });
+    let exact = config.deduplicate_exact.then(|| "equal".to_owned());
+    let near = config.min_hash_similarity_percent;
+    let near = near.map(|percent| format!("similar by {percent} % or more (MinHash of word 5-grams)"));
+    let mut rows = vec![
+        ("languages", or(languages.collect(), "all")),
+        ("quality filters", or(quality.unwrap_or_default(), "none")),
+        (
+            "duplicates dropped",
+            or(exact.into_iter().chain(near).collect(), "none"),
+        ),
+        ("personal data", format!("{:?}", config.pii)),
+        (
+            "held out",
+            format!("{} %, seed {}", config.held_out_percent, config.seed),
+        ),
+    ];
+    if let Some(encode) = &config.encode {
+        rows.extend([
+            ("tokenizer", format!("byte-level BPE, {} entries", encode.vocab_size)),
+            (
+                "sequences",
+                format!("{} tokens, {:?}", encode.sequence_length_tokens, encode.packing),
+            ),
+        ]);
+    }
+    rows
 }
