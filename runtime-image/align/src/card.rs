@@ -33,7 +33,7 @@ pub(crate) fn text(name: &str, config: &AlignConfig, base: &Base, metrics: &BTre
         config.method,
         config.adapter.rank,
         config.adapter.alpha,
-        training.pairs,
+        metrics.get("pairsTrained").copied().unwrap_or_default(),
         training.max_pair_tokens,
         training.batch_pairs,
         training.learning_rate,

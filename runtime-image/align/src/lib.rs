@@ -28,7 +28,7 @@ use strata_evaluate::{EvaluationSet, Pair, Preferences, TextScore, TextSet, scor
 use strata_model::{Dtype, hf};
 use strata_stage::{StageContext, StageError};
 use strata_train::{
-    Job, Linear, Lora, ModelFiles, Named, Scorer, evaluate_error, remove_all, write_evaluation, write_json,
+    Job, Linear, Lora, ModelFiles, Named, Scorer, clean_up, evaluate_error, finite, write_evaluation, write_json,
     write_model, writing_error,
 };
 
@@ -100,14 +100,14 @@ pub fn run(config: &AlignConfig, context: &StageContext) -> Result<Report, Stage
         held_out: &held_out.pairs,
         text: text.as_ref(),
     };
-    let mut job = Job::new(context, &attempt, &config.checkpoint);
+    let mut job = Job::new(context, &run, &config.checkpoint);
     let Trained {
         adapter,
         merged,
         reference,
-        resumed_from_step,
+        start,
         tokens_per_second,
-    } = Trainer { work: &work }.run(&mut job, &run)?;
+    } = Trainer { work: &work }.run(&mut job)?;
 
     let set = evaluation_set(&work, &reference);
     let mut metrics = evaluate(&work, &set, &merged, &job)?;
@@ -117,10 +117,12 @@ pub fn run(config: &AlignConfig, context: &StageContext) -> Result<Report, Stage
         ("pairsTooLong".to_owned(), (train.too_long + held_out.too_long) as f64),
         ("pairsUnusable".to_owned(), (train.unusable + held_out.unusable) as f64),
     ]);
+    finite(&metrics)?;
     let gates: Vec<_> = config.gates.iter().map(|gate| gate.judge(&metrics)).collect();
     context.progress.start("publishing", "models", 1);
     write(&attempt, &work, &adapter, &merged, &set, &metrics)?;
     if let Some(error) = StageError::from_gates(&gates) {
+        clean_up(&run);
         return Err(error);
     }
     let mut facts = BTreeMap::from([
@@ -150,9 +152,7 @@ pub fn run(config: &AlignConfig, context: &StageContext) -> Result<Report, Stage
     };
     let manifest = attempt.publish(draft, context.run.resource.clone(), context.run.attempt)?;
     context.progress.add(1);
-    if let Err(error) = remove_all(&run) {
-        tracing::warn!(%error, "the checkpoints, which nothing needs any more, could not be removed");
-    }
+    clean_up(&run);
     let metrics = &manifest.content.metrics;
     let message = format!(
         "reward margin {:.3} (95 % interval from {:.3}) on {} held-out pairs",
@@ -161,9 +161,7 @@ pub fn run(config: &AlignConfig, context: &StageContext) -> Result<Report, Stage
         held_out.pairs.len()
     );
     let mut report = Report::published(&manifest, &context.run.output, message);
-    report.resumed_from_step = resumed_from_step;
-    // Not in the manifest: two runs with the same result are the same artifact, however fast they were.
-    report.metrics.insert("tokensPerSecond".into(), tokens_per_second);
+    start.tell(&mut report, tokens_per_second);
     Ok(report)
 }
 
@@ -318,14 +316,17 @@ fn write(
     });
     write_json(attempt, "adapter/adapter_config.json", &config)?;
     let relative = "adapter/adapter_model.safetensors";
-    let tensors: Vec<(String, Vec<usize>)> = lora
-        .tensors()
-        .into_iter()
-        .map(|(name, shape, _)| (name, shape))
-        .collect();
+    let mut ranges = Vec::new();
+    let tensors = lora.tensors().into_iter().map(|(name, shape, range)| {
+        ranges.push(range);
+        (name, shape)
+    });
+    let tensors: Vec<(String, Vec<usize>)> = tensors.collect();
     let path = attempt.place(relative)?;
-    let written = hf::write_safetensors(&path, &tensors, Dtype::F32, &Map::new(), |name| {
-        lora.values(adapter, name)
+    // The writer asks once for each tensor, in their order.
+    let mut ranges = ranges.into_iter();
+    let written = hf::write_safetensors(&path, &tensors, Dtype::F32, &Map::new(), |_| {
+        Ok(&adapter[ranges.next().unwrap_or_default()])
     });
     written.map_err(writing_error)?;
     attempt.adopt(relative)?;

@@ -2,11 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use strata_artifact::RunFolder;
 use strata_contract::FailureReason;
 use strata_evaluate::TextScore;
 use strata_stage::StageError;
-use strata_train::{Batch, Course, ExecutorError, Gradients, Job, Keep, Optimizer, Scorer, Speed, Tape};
+use strata_train::{Batch, Course, Gradients, Job, Keep, Optimizer, Resumed, Scorer, Speed, Start, Tape};
 
 use crate::pairs::TokenPair;
 use crate::{Reference, Work, dpo, text_score};
@@ -29,8 +28,9 @@ pub(crate) struct Trained {
     /// The base with the adapter merged.
     pub(crate) merged: Vec<f32>,
     pub(crate) reference: Reference,
-    pub(crate) resumed_from_step: Option<u64>,
-    pub(crate) tokens_per_second: f64,
+    pub(crate) start: Start,
+    /// None if this attempt made no step.
+    pub(crate) tokens_per_second: Option<f64>,
 }
 
 /// `pairs` in parts of at most [`MICRO_ROWS`] rows (or one pair).
@@ -94,7 +94,7 @@ struct StepFigures {
 
 impl Trainer<'_> {
     /// Trains to the end, from the last good checkpoint of any attempt if there is one.
-    pub(crate) fn run(&self, job: &mut Job, run: &RunFolder) -> Result<Trained, StageError> {
+    pub(crate) fn run(&self, job: &mut Job) -> Result<Trained, StageError> {
         let Work {
             config,
             context,
@@ -116,13 +116,13 @@ impl Trainer<'_> {
         let mut adapter = lora.initialize(training.seed);
         let mut merged = base.weights.clone();
 
-        let resumed = job.resume(run, lora.len())?;
-        let resumed = resumed.and_then(|state| Some((self.reference_from(&state.notes)?, state)));
-        let resumed_from_step = resumed.as_ref().map(|(_, state)| state.step);
+        let resumed = job.resume(lora.len())?;
+        let resumed = resumed.and_then(|resumed| Some((self.reference_from(&resumed.state.notes)?, resumed)));
+        let start = Start::of(resumed.as_ref().map(|(_, resumed)| resumed));
         let reference = match resumed {
-            Some((reference, mut state)) => {
+            Some((reference, Resumed { mut state, .. })) => {
                 optimizer.restore(&mut state);
-                adapter = state.parameters;
+                adapter = state.parameters.into_owned();
                 lora.merge(&mut merged, &base.weights, &adapter);
                 reference
             }
@@ -148,6 +148,7 @@ impl Trainer<'_> {
                 &merged,
                 sinks,
                 &mut tape,
+                || job.within_step(|| optimizer.state(&adapter, range.start as u64, &notes)),
             )?;
             let norm = optimizer.update(&mut adapter, &mut gradients);
             let step = optimizer.step();
@@ -167,7 +168,7 @@ impl Trainer<'_> {
                     reward_margin = format_args!("{:.4}", figures.margin / pairs),
                     reward_accuracy = format_args!("{:.2}", figures.right as f64 / pairs),
                     gradient_norm = format_args!("{norm:.3}"),
-                    tokens_per_second = speed.per_second() as u64,
+                    tokens_per_second = speed.per_second().unwrap_or_default() as u64,
                     "training"
                 );
             }
@@ -182,7 +183,7 @@ impl Trainer<'_> {
             adapter,
             merged,
             reference,
-            resumed_from_step,
+            start,
             tokens_per_second: speed.per_second(),
         })
     }
@@ -195,12 +196,16 @@ impl Trainer<'_> {
         merged: &[f32],
         (adapter, gradients): (&[f32], &mut [f32]),
         tape: &mut Tape,
-    ) -> Result<StepFigures, ExecutorError> {
+        mut between_parts: impl FnMut() -> Result<(), StageError>,
+    ) -> Result<StepFigures, StageError> {
         let Work { base, lora, beta, .. } = *self.work;
         let weights = base.body.place(merged)?;
         let mut figures = StepFigures::default();
         let mut references = reference.iter();
-        for part in parts(pairs) {
+        for (i, part) in parts(pairs).enumerate() {
+            if i > 0 {
+                between_parts()?;
+            }
             let (batch, lengths) = batch(part);
             let mut log_probs = base.body.forward(&weights, &batch, tape, Keep::ForAdapters)?.iter();
             let mut coefficients = Vec::with_capacity(batch.scored().len());

@@ -1,5 +1,7 @@
 //! The training data as one indexable corpus, in an order that is a function of the seed.
 
+use std::collections::BTreeMap;
+
 use strata_artifact::Opened;
 use strata_contract::FailureReason;
 use strata_encode::{TextTokenizer, TokenFile};
@@ -62,19 +64,118 @@ impl Corpus {
         Ok(self.files[file].sequence(index - self.starts[file], tokens)?)
     }
 
-    /// A reader of the samples from number `samples` on.
-    pub(crate) fn samples(&self, samples: u64) -> Samples<'_> {
+    /// A reader from sample number `sample` on.
+    fn samples(&self, sample: u64) -> Samples<'_> {
         Samples {
             corpus: self,
-            next: samples,
+            next: sample,
             epoch: None,
             order: Vec::new(),
         }
     }
+
+    /// A reader of pieces of at most `context + 1` tokens from `position` on.
+    pub(crate) fn pieces(&self, position: Position, context: usize) -> Result<Pieces<'_>, StageError> {
+        let mut samples = self.samples(position.sample);
+        let mut sequence = Vec::new();
+        if position.offset > 0 {
+            samples.take(&mut sequence)?;
+        }
+        Ok(Pieces {
+            samples,
+            sequence,
+            length: context + 1,
+            offset: position.offset,
+            tokens: position.tokens,
+        })
+    }
+}
+
+/// A place in the seed's order of the data.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Position {
+    /// Number of the next sample, or of the one that is read in part.
+    pub(crate) sample: u64,
+    /// Tokens of that sample that were taken.
+    pub(crate) offset: usize,
+    /// Tokens taken since the start of the run.
+    pub(crate) tokens: u64,
+}
+
+impl Position {
+    const NOTE: &str = "position";
+
+    /// What a checkpoint keeps beside the sample.
+    pub(crate) fn notes(self) -> BTreeMap<String, Vec<f64>> {
+        BTreeMap::from([(Self::NOTE.to_owned(), vec![self.offset as f64, self.tokens as f64])])
+    }
+
+    pub(crate) fn from_notes(sample: u64, notes: &BTreeMap<String, Vec<f64>>) -> Self {
+        let number = |i: usize| {
+            notes
+                .get(Self::NOTE)
+                .and_then(|note| note.get(i))
+                .copied()
+                .unwrap_or_default()
+        };
+        Self {
+            sample,
+            offset: number(0) as usize,
+            tokens: number(1) as u64,
+        }
+    }
+}
+
+/// The samples cut to the model's context, one piece after another: a sequence may be longer than a whole step.
+pub(crate) struct Pieces<'a> {
+    samples: Samples<'a>,
+    sequence: Vec<u32>,
+    length: usize,
+    offset: usize,
+    tokens: u64,
+}
+
+impl Pieces<'_> {
+    /// Where the next piece begins.
+    pub(crate) fn position(&self) -> Position {
+        match self.offset {
+            0 => Position {
+                sample: self.samples.next,
+                offset: 0,
+                tokens: self.tokens,
+            },
+            offset => Position {
+                sample: self.samples.next - 1,
+                offset,
+                tokens: self.tokens,
+            },
+        }
+    }
+
+    /// The next piece of at least two tokens.
+    pub(crate) fn take(&mut self) -> Result<&[u32], StageError> {
+        for _ in 0..=self.samples.corpus.sequences() {
+            if self.offset == 0 {
+                self.samples.take(&mut self.sequence)?;
+            }
+            let start = self.offset;
+            let end = self.sequence.len().min(start + self.length);
+            // What is left of a sequence but cannot be trained on is passed over.
+            self.offset = if self.sequence.len() - end > 1 { end } else { 0 };
+            self.tokens += (end - start) as u64;
+            if end - start > 1 {
+                return Ok(&self.sequence[start..end]);
+            }
+        }
+        Err(StageError::new(
+            FailureReason::ConfigInvalid,
+            "every sequence of the data sets has one token: there is nothing to predict",
+        ))
+    }
 }
 
 /// The samples in order, epoch after epoch: in each, every sequence once, shuffled anew.
-pub(crate) struct Samples<'a> {
+struct Samples<'a> {
     corpus: &'a Corpus,
     next: u64,
     epoch: Option<u64>,
@@ -82,13 +183,8 @@ pub(crate) struct Samples<'a> {
 }
 
 impl Samples<'_> {
-    /// Samples taken so far, since the start of the run.
-    pub(crate) fn taken(&self) -> u64 {
-        self.next
-    }
-
     /// Replaces `tokens` by the next sample.
-    pub(crate) fn take(&mut self, tokens: &mut Vec<u32>) -> Result<(), StageError> {
+    fn take(&mut self, tokens: &mut Vec<u32>) -> Result<(), StageError> {
         let count = self.corpus.sequences();
         let epoch = self.next / count;
         if self.epoch != Some(epoch) {
@@ -188,6 +284,40 @@ mod tests {
                 all[at..at + 12],
                 "resumed at {at}"
             );
+        }
+    }
+
+    #[test]
+    fn a_sequence_longer_than_the_context_is_taken_in_pieces_and_resumed_within() {
+        let folder = tempfile::tempdir().unwrap();
+        let stem = folder.path().join("long");
+        let mut writer = TokenWriter::new(Vec::new(), 2048);
+        for sequence in [&(0..10).collect::<Vec<u32>>()[..], &[99], &[100, 101, 102]] {
+            writer.push(sequence).unwrap();
+        }
+        let mut idx = Vec::new();
+        std::fs::write(stem.with_extension("bin"), writer.finish(&mut idx).unwrap()).unwrap();
+        std::fs::write(stem.with_extension("idx"), idx).unwrap();
+        let corpus = Corpus::new(vec![TokenFile::open(&stem).unwrap()], 3).unwrap();
+        let mut pieces = corpus.pieces(Position::default(), 3).unwrap();
+        let mut seen: Vec<(Position, Vec<u32>)> = Vec::new();
+        for _ in 0..8 {
+            let position = pieces.position();
+            seen.push((position, pieces.take().unwrap().to_vec()));
+        }
+        let mut first_epoch: Vec<Vec<u32>> = seen[..4].iter().map(|(_, piece)| piece.clone()).collect();
+        first_epoch.sort();
+        assert_eq!(
+            first_epoch,
+            [vec![0, 1, 2, 3], vec![4, 5, 6, 7], vec![8, 9], vec![100, 101, 102]]
+        );
+        for (i, (position, _)) in seen.iter().enumerate() {
+            let notes = position.notes();
+            let mut resumed = corpus.pieces(Position::from_notes(position.sample, &notes), 3).unwrap();
+            for (_, piece) in &seen[i..] {
+                assert_eq!(resumed.take().unwrap(), piece, "from piece {i}");
+            }
+            assert_eq!(resumed.position(), pieces.position());
         }
     }
 }

@@ -20,7 +20,7 @@ use strata_evaluate::{EvaluationSet, Trigram, score_text};
 use strata_model::{Family, GenerationConfig, ModelConfig};
 use strata_stage::{StageContext, StageError};
 use strata_train::{
-    Body, Executor, Job, ModelFiles, Named, Scorer, evaluate_error, model_error, remove_all, write_evaluation,
+    Body, Executor, Job, ModelFiles, Named, Scorer, clean_up, evaluate_error, finite, model_error, write_evaluation,
     write_model,
 };
 
@@ -47,23 +47,26 @@ pub fn run(config: &PretrainConfig, context: &StageContext) -> Result<Report, St
         "pretraining"
     );
 
-    let mut job = Job::new(context, &attempt, &config.checkpoint);
+    let mut job = Job::new(context, &run, &config.checkpoint);
     let trained = Trainer {
         config,
         context,
         body: &body,
         corpus: &corpus,
     }
-    .run(&mut job, &run)?;
+    .run(&mut job)?;
     let Trained {
         weights,
+        tokens,
         loss,
-        resumed_from_step,
+        start,
         tokens_per_second,
     } = trained;
 
     let set = evaluation_set(&datasets, &corpus, &tokenizer, &model)?;
-    let metrics = evaluate(&set, &body, &weights, &job, context)?;
+    let mut metrics = evaluate(&set, &body, &weights, &job, context)?;
+    metrics.insert("tokensTrained".into(), tokens as f64);
+    finite(&metrics)?;
     let gates: Vec<_> = config.gates.iter().map(|gate: &Gate| gate.judge(&metrics)).collect();
     let name = &context.run.resource.name;
     let files = ModelFiles {
@@ -84,6 +87,7 @@ pub fn run(config: &PretrainConfig, context: &StageContext) -> Result<Report, St
     write_model(&attempt, &files)?;
     write_evaluation(&attempt, &set, &metrics, name)?;
     if let Some(error) = StageError::from_gates(&gates) {
+        clean_up(&run);
         return Err(error);
     }
     let facts = BTreeMap::from([
@@ -104,18 +108,14 @@ pub fn run(config: &PretrainConfig, context: &StageContext) -> Result<Report, St
     };
     let manifest = attempt.publish(draft, context.run.resource.clone(), context.run.attempt)?;
     context.progress.add(1);
-    if let Err(error) = remove_all(&run) {
-        tracing::warn!(%error, "the checkpoints, which nothing needs any more, could not be removed");
-    }
+    clean_up(&run);
     let bits = manifest.content.metrics["bitsPerByte"];
     let message = format!(
         "{} parameters, {bits:.3} bits per byte on held-out text",
         body.layout().len()
     );
     let mut report = Report::published(&manifest, &context.run.output, message);
-    report.resumed_from_step = resumed_from_step;
-    // Not in the manifest: two runs with the same result are the same artifact, however fast they were.
-    report.metrics.insert("tokensPerSecond".into(), tokens_per_second);
+    start.tell(&mut report, tokens_per_second);
     report
         .metrics
         .extend(loss.map(|loss| ("trainingLoss".to_owned(), loss)));

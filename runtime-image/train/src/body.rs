@@ -11,7 +11,6 @@ mod candle;
 mod kernels;
 
 use strata_contract::FailureReason;
-use strata_kernels::ops::rope::RopeTable;
 use strata_model::ModelConfig;
 use strata_stage::StageError;
 
@@ -34,10 +33,12 @@ impl Executor {
     /// # Errors
     /// There is a GPU, but it cannot be used.
     pub fn detect() -> Result<Self, ExecutorError> {
-        Ok(match candle_core::Device::cuda_if_available(0)? {
-            candle_core::Device::Cpu => Self::Kernels,
-            device => Self::Candle(device),
-        })
+        // What NVIDIA's container runtime puts into a pod that was given a GPU.
+        let has_gpu = std::path::Path::new("/dev/nvidiactl").exists();
+        match cfg!(feature = "cuda") && has_gpu {
+            true => Ok(Self::Candle(candle_core::Device::new_cuda(0)?)),
+            false => Ok(Self::Kernels),
+        }
     }
 
     /// What it is, in a word, for a log line.
@@ -66,7 +67,6 @@ impl From<ExecutorError> for StageError {
 pub struct Body {
     config: ModelConfig,
     layout: Layout,
-    rope: RopeTable,
     executor: Executor,
 }
 
@@ -120,7 +120,6 @@ impl Body {
         Self {
             config: config.clone(),
             layout: Layout::new(config),
-            rope: RopeTable::new(config.max_positions, config.head_dim, f64::from(config.rope_theta)),
             executor,
         }
     }

@@ -1,16 +1,17 @@
 //! What the training stages share: resuming, when to save, how to stop, how fast it goes.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use strata_artifact::{Attempt, RunFolder};
-use strata_contract::{Checkpoint, FailureReason};
+use strata_artifact::RunFolder;
+use strata_contract::{Checkpoint, FailureReason, Report};
 use strata_evaluate::EvaluateError;
 use strata_model::ModelError;
 use strata_stage::{StageContext, StageError};
 
 use crate::Optimizer;
-use crate::checkpoint::{self, CheckpointError, Checkpoints, State};
+use crate::checkpoint::{self, CheckpointError, Checkpoints, Resumed, State};
 
 /// Time between two lines about the progress.
 const LINE_EVERY: Duration = Duration::from_secs(5);
@@ -19,18 +20,20 @@ const LINE_EVERY: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub struct Job<'a> {
     context: &'a StageContext,
-    checkpoints: Checkpoints,
+    run: &'a RunFolder,
+    checkpoints: Checkpoints<'a>,
     every: Duration,
     last: Instant,
     line: Option<Instant>,
 }
 
 impl<'a> Job<'a> {
-    /// A job of `attempt` that saves as `config` says.
-    pub fn new(context: &'a StageContext, attempt: &Attempt, config: &Checkpoint) -> Self {
+    /// A job of the context's attempt at `run` that saves as `config` says.
+    pub fn new(context: &'a StageContext, run: &'a RunFolder, config: &Checkpoint) -> Self {
         Self {
             context,
-            checkpoints: Checkpoints::new(&attempt.dir(), &context.run.id, config.keep),
+            run,
+            checkpoints: Checkpoints::new(run, &context.attempt_id, &context.run.id, config.keep),
             every: Duration::from_secs(config.every_seconds),
             last: Instant::now(),
             line: None,
@@ -38,9 +41,9 @@ impl<'a> Job<'a> {
     }
 
     /// What an earlier attempt of the run saved last, if its parameters are as many as `parameters`.
-    pub fn resume(&self, run: &RunFolder, parameters: usize) -> Result<Option<State>, StageError> {
-        let state = checkpoint::resume(run, &self.context.run.id)?;
-        if let Some(state) = &state
+    pub fn resume(&self, parameters: usize) -> Result<Option<Resumed>, StageError> {
+        let resumed = checkpoint::resume(self.run, &self.context.run.id)?;
+        if let Some(Resumed { state, .. }) = &resumed
             && state.parameters.len() != parameters
         {
             tracing::warn!(
@@ -50,19 +53,26 @@ impl<'a> Job<'a> {
             );
             return Ok(None);
         }
-        Ok(state)
+        Ok(resumed)
     }
 
     /// After each step: saves if it is time; if the stage is to stop, saves and says so.
-    pub fn after_step(&mut self, state: impl FnOnce() -> State) -> Result<(), StageError> {
-        let stopping = self.context.interrupt.is_set();
-        if stopping || self.last.elapsed() >= self.every {
-            self.save(&state())?;
-        }
-        match stopping {
-            true => Err(StageError::interrupted("asked to stop; the work so far is saved")),
+    pub fn after_step<'s>(&mut self, state: impl Fn() -> State<'s>) -> Result<(), StageError> {
+        self.within_step(&state)?;
+        match self.last.elapsed() >= self.every {
+            true => self.save(&state()),
             false => Ok(()),
         }
+    }
+
+    /// Between the parts of a step, which may take long: if the stage is to stop, saves `state`, which is that after the
+    /// last whole step, and says so.
+    pub fn within_step<'s>(&mut self, state: impl Fn() -> State<'s>) -> Result<(), StageError> {
+        if !self.context.interrupt.is_set() {
+            return Ok(());
+        }
+        self.save(&state())?;
+        Err(StageError::interrupted("asked to stop; the work so far is saved"))
     }
 
     /// Saves now.
@@ -100,22 +110,75 @@ impl<'a> Job<'a> {
 
 impl Optimizer {
     /// The state to save, beside `parameters`.
-    pub fn state(&self, parameters: &[f32], samples: u64, notes: &BTreeMap<String, Vec<f64>>) -> State {
+    pub fn state<'a>(
+        &'a self,
+        parameters: &'a [f32],
+        samples: u64,
+        notes: &'a BTreeMap<String, Vec<f64>>,
+    ) -> State<'a> {
         State {
             step: self.step,
             samples,
-            parameters: parameters.to_vec(),
-            first: self.first.clone(),
-            second: self.second.clone(),
-            notes: notes.clone(),
+            parameters: Cow::Borrowed(parameters),
+            first: Cow::Borrowed(&self.first),
+            second: Cow::Borrowed(&self.second),
+            notes: Cow::Borrowed(notes),
         }
     }
 
     /// Takes step and moments from a saved state.
     pub fn restore(&mut self, state: &mut State) {
         self.step = state.step;
-        self.first = std::mem::take(&mut state.first);
-        self.second = std::mem::take(&mut state.second);
+        self.first = std::mem::take(&mut state.first).into_owned();
+        self.second = std::mem::take(&mut state.second).into_owned();
+    }
+}
+
+/// What an attempt began with.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Start {
+    step: Option<u64>,
+    passed_over: usize,
+}
+
+impl Start {
+    /// Of an attempt that goes on from `resumed`, or from nothing.
+    pub fn of(resumed: Option<&Resumed>) -> Self {
+        Self {
+            step: resumed.map(|resumed| resumed.state.step),
+            passed_over: resumed.map_or(0, |resumed| resumed.passed_over),
+        }
+    }
+
+    /// Says it in the attempt's report, and how fast the attempt was. Not in the manifest: two runs with the same result are
+    /// the same artifact, however they came to it.
+    pub fn tell(self, report: &mut Report, tokens_per_second: Option<f64>) {
+        report.resumed_from_step = self.step;
+        let passed_over = (self.passed_over > 0).then_some(self.passed_over as f64);
+        report
+            .metrics
+            .extend(passed_over.map(|count| ("checkpointsPassedOver".to_owned(), count)));
+        report
+            .metrics
+            .extend(tokens_per_second.map(|speed| ("tokensPerSecond".to_owned(), speed)));
+    }
+}
+
+/// Removes the checkpoints of a run that has its result: published, or refused by a gate.
+pub fn clean_up(run: &RunFolder) {
+    if let Err(error) = checkpoint::remove_all(run) {
+        tracing::warn!(%error, "the checkpoints, which nothing needs any more, could not be removed");
+    }
+}
+
+/// Refuses a result with a figure that is not a number: the last update went astray after the last loss was looked at.
+///
+/// # Errors
+/// The figure's name, as `Diverged`.
+pub fn finite(metrics: &BTreeMap<String, f64>) -> Result<(), StageError> {
+    match metrics.iter().find(|(_, value)| !value.is_finite()) {
+        Some((name, value)) => Err(StageError::new(FailureReason::Diverged, format!("{name} is {value}"))),
+        None => Ok(()),
     }
 }
 
@@ -141,9 +204,9 @@ impl Speed {
         self.amount += amount;
     }
 
-    /// Amount per second; 0 before anything was done.
-    pub fn per_second(&self) -> f64 {
-        self.amount as f64 / self.since.elapsed().as_secs_f64().max(1e-9)
+    /// Amount per second; none before anything was done.
+    pub fn per_second(&self) -> Option<f64> {
+        (self.amount > 0).then(|| self.amount as f64 / self.since.elapsed().as_secs_f64().max(1e-9))
     }
 }
 
@@ -151,7 +214,9 @@ impl From<CheckpointError> for StageError {
     fn from(error: CheckpointError) -> Self {
         match error {
             CheckpointError::Storage(error) => error.into(),
-            CheckpointError::Unusable { .. } => Self::new(FailureReason::Internal, error.to_string()),
+            CheckpointError::Unusable { .. } | CheckpointError::AllUnusable { .. } => {
+                Self::new(FailureReason::CheckpointCorrupt, error.to_string())
+            }
         }
     }
 }

@@ -29,8 +29,8 @@ mod scorer;
 
 pub use batch::{Batch, Scored};
 pub use body::{Body, Executor, ExecutorError, Gradients, Keep, Placed, Tape};
-pub use checkpoint::{CheckpointError, Checkpoints, State, remove_all, resume};
-pub use job::{Job, Speed, evaluate_error, model_error};
+pub use checkpoint::{CheckpointError, Resumed, State};
+pub use job::{Job, Speed, Start, clean_up, evaluate_error, finite, model_error};
 pub use lora::Lora;
 pub use optimizer::{Course, Optimizer};
 pub use parameters::{Layout, Linear, Named, initialize, load};

@@ -6,7 +6,6 @@
 use std::ops::Range;
 
 use strata_kernels::ops::matmul::{Write, matmul_nn, matmul_nt, matmul_tn};
-use strata_model::ModelError;
 
 use crate::Random;
 use crate::parameters::{Layout, Linear, Matrix};
@@ -189,15 +188,5 @@ impl Lora {
             ]
         });
         both.collect()
-    }
-
-    /// The values of the tensor `name` of [`Lora::tensors`].
-    pub fn values(&self, parameters: &[f32], name: &str) -> Result<Vec<f32>, ModelError> {
-        let found = self.tensors().into_iter().find(|(tensor, ..)| tensor == name);
-        let missing = || ModelError::Malformed {
-            path: name.into(),
-            what: "the adapter has no such tensor".into(),
-        };
-        found.map(|(.., range)| parameters[range].to_vec()).ok_or_else(missing)
     }
 }

@@ -198,9 +198,17 @@ pub struct Named<'a> {
     pub values: &'a [f32],
 }
 
-impl Named<'_> {
-    fn find(&self, name: &str) -> Option<&(TensorSpec, Range<usize>)> {
-        self.layout.tensors.iter().find(|(tensor, _)| tensor.name == name)
+impl<'a> Named<'a> {
+    fn find(&self, name: &str) -> Option<(&'a TensorSpec, &'a [f32])> {
+        let (tensor, range) = self.layout.tensors.iter().find(|(tensor, _)| tensor.name == name)?;
+        Some((tensor, &self.values[range.clone()]))
+    }
+
+    fn get(&self, name: &str) -> Result<(&'a TensorSpec, &'a [f32]), ModelError> {
+        self.find(name).ok_or_else(|| ModelError::Malformed {
+            path: name.into(),
+            what: "the model has no such tensor".into(),
+        })
     }
 }
 
@@ -210,20 +218,19 @@ impl Weights for Named<'_> {
     }
 
     fn raw(&self, name: &str) -> Result<RawTensor<'_>, ModelError> {
-        let Some((tensor, range)) = self.find(name) else {
-            return Err(ModelError::Malformed {
-                path: name.into(),
-                what: "the model has no such tensor".into(),
-            });
-        };
-        let bytes = self.values[range.clone()]
-            .iter()
-            .flat_map(|value| value.to_le_bytes())
-            .collect();
+        let (tensor, values) = self.get(name)?;
         Ok(RawTensor {
             dtype: Dtype::F32,
             shape: tensor.shape.clone(),
-            bytes: Cow::Owned(bytes),
+            bytes: Cow::Owned(values.iter().flat_map(|value| value.to_le_bytes()).collect()),
         })
+    }
+
+    fn dtype(&self, name: &str) -> Result<Dtype, ModelError> {
+        self.get(name).map(|_| Dtype::F32)
+    }
+
+    fn f32(&self, name: &str) -> Result<Vec<f32>, ModelError> {
+        self.get(name).map(|(_, values)| values.to_vec())
     }
 }

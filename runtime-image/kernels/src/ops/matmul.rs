@@ -18,6 +18,11 @@ pub enum Write {
 /// Products below this many multiplications stay on the calling thread.
 const PARALLEL_FROM: usize = 1 << 19;
 
+/// Fewest rows or columns of a part, and fewest elements. `gemm` sums products of at most 64 × 64, and of at most 256 elements,
+/// in another order than larger ones: with smaller parts the bits of a result would depend on the number of threads.
+const PART_SIDE: usize = 80;
+const PART_ELEMENTS: usize = 257;
+
 /// A strided read-only matrix: element (i, j) at `start + i · row_stride + j · column_stride`.
 #[derive(Clone, Copy)]
 pub(super) struct View {
@@ -77,23 +82,25 @@ pub(super) unsafe fn gemm(
 
 /// Splits the longer side of `y` over the pool.
 fn split(y: &mut [f32], a: View, b: View, [m, n, k]: [usize; 3], write: Write) {
+    let parts = match m * n * k < PARALLEL_FROM {
+        true => 1,
+        false => parts(m.max(n), m.min(n), pool::global().threads()),
+    };
+    split_in(parts, y, a, b, [m, n, k], write);
+}
+
+fn split_in(parts: usize, y: &mut [f32], a: View, b: View, [m, n, k]: [usize; 3], write: Write) {
     assert_eq!(y.len(), m * n, "the destination is not {m} × {n}");
     let (a_step, b_step) = (a.row_stride, b.column_stride);
     let by_rows = m >= n;
     let side = m.max(n);
-    let threads = pool::global().threads();
-    // Blocks of 16 keep whole registers together.
-    let parts = if m * n * k < PARALLEL_FROM {
-        1
-    } else {
-        threads.min(side.div_ceil(16))
-    };
-    let block = side.div_ceil(parts).next_multiple_of(16);
+    // Blocks of 16 keep whole registers together; the last part takes what is left.
+    let block = if parts == 1 { side } else { side / parts / 16 * 16 };
     let y = SharedMut(y.as_mut_ptr());
-    pool::parallel_for(side.div_ceil(block), |range| {
+    pool::parallel_for(parts, |range| {
         for part in range {
             let start = part * block;
-            let len = block.min(side - start);
+            let len = if part + 1 == parts { side - start } else { block };
             // SAFETY: parts are disjoint rows or columns of `y`; the callers checked the inputs' sizes.
             unsafe {
                 if by_rows {
@@ -112,6 +119,12 @@ fn split(y: &mut [f32], a: View, b: View, [m, n, k]: [usize; 3], write: Write) {
             }
         }
     });
+}
+
+/// How many parts a product of `side × other` is computed in.
+fn parts(side: usize, other: usize, threads: usize) -> usize {
+    let smallest = PART_SIDE.max(PART_ELEMENTS.div_ceil(other.max(1))).next_multiple_of(16);
+    threads.min(side / smallest).max(1)
 }
 
 fn row_major(matrix: &[f32], rows: usize, columns: usize) -> View {
@@ -184,6 +197,36 @@ mod tests {
                         );
                     }
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn the_number_of_threads_changes_no_bit() {
+        for [m, n, k] in [
+            [64, 192, 1150],
+            [200, 3, 1700],
+            [2, 700, 900],
+            [1150, 512, 192],
+            [130, 130, 1025],
+        ] {
+            let (a, b) = (numbers(1, m * k, 1.0), numbers(2, k * n, 1.0));
+            let product = |parts: usize| {
+                let mut y = vec![0f32; m * n];
+                split_in(
+                    parts,
+                    &mut y,
+                    transposed(&a, k, m),
+                    row_major(&b, k, n),
+                    [m, n, k],
+                    Write::Set,
+                );
+                y
+            };
+            let whole = product(1);
+            for threads in 2..9 {
+                let parts = parts(m.max(n), m.min(n), threads);
+                assert!(product(parts) == whole, "{m}x{n}x{k} in {parts} parts");
             }
         }
     }

@@ -4,7 +4,7 @@ use super::vectorized;
 use crate::pool::{self, Disjoint};
 
 /// Cosines and sines for every position below a limit.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct RopeTable {
     half: usize,
     cos: Vec<f32>,
@@ -24,14 +24,17 @@ impl RopeTable {
     /// Angles `position · theta^(-2i / head_dim)` for positions below `positions`; `head_dim` is even.
     pub fn new(positions: usize, head_dim: usize, theta: f64) -> Self {
         let half = head_dim / 2;
-        let angles: Vec<f64> = (0..positions * half)
-            .map(|i| (i / half) as f64 * theta.powf(-((i % half) as f64) / half as f64))
-            .collect();
+        let angle = |i: usize| (i / half) as f64 * theta.powf(-((i % half) as f64) / half as f64);
         Self {
             half,
-            cos: angles.iter().map(|angle| angle.cos() as f32).collect(),
-            sin: angles.iter().map(|angle| angle.sin() as f32).collect(),
+            cos: (0..positions * half).map(|i| angle(i).cos() as f32).collect(),
+            sin: (0..positions * half).map(|i| angle(i).sin() as f32).collect(),
         }
+    }
+
+    /// Its limit.
+    pub fn positions(&self) -> usize {
+        self.cos.len() / self.half.max(1)
     }
 }
 

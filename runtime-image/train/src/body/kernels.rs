@@ -12,7 +12,7 @@ use strata_kernels::ops::embedding::{embed, embed_backward};
 use strata_kernels::ops::log_prob::{Head, log_probs, log_probs_backward};
 use strata_kernels::ops::matmul::{Write, matmul_nn, matmul_nt, matmul_tn};
 use strata_kernels::ops::rms_norm::{rms_norm, rms_norm_backward};
-use strata_kernels::ops::rope::{Turn, rope};
+use strata_kernels::ops::rope::{RopeTable, Turn, rope};
 
 use super::{Body, Gradients};
 use crate::Batch;
@@ -38,6 +38,8 @@ struct Saved {
 #[derive(Clone, Debug, Default)]
 pub(super) struct Tape {
     saved: Vec<Saved>,
+    /// For the positions seen so far: a model may know far more than it is trained on.
+    rope: RopeTable,
     /// The residual stream; in backward its gradient.
     x: Vec<f32>,
     normed: Vec<f32>,
@@ -90,6 +92,11 @@ impl Body {
         keep: bool,
     ) -> &'t [f32] {
         let (rows, hidden) = (batch.rows(), self.config.hidden_size);
+        let positions = batch.positions.iter().max().map_or(0, |&most| most as usize + 1);
+        if tape.rope.positions() < positions {
+            let positions = positions.next_power_of_two().min(self.config.max_positions);
+            tape.rope = RopeTable::new(positions, self.config.head_dim, f64::from(self.config.rope_theta));
+        }
         tape.saved
             .resize_with(if keep { self.config.layers } else { 1 }, Saved::default);
         embed(
@@ -135,6 +142,7 @@ impl Body {
     fn block_forward(&self, weights: &[f32], block: &Block, batch: &Batch, slot: usize, tape: &mut Tape) {
         let Tape {
             saved,
+            rope: table,
             x,
             normed,
             activated,
@@ -169,8 +177,8 @@ impl Body {
         linear(&mut saved.q, normed, Linear::Q);
         linear(&mut saved.k, normed, Linear::K);
         linear(&mut saved.v, normed, Linear::V);
-        rope(&mut saved.q, &batch.positions, &self.rope, Turn::Forward);
-        rope(&mut saved.k, &batch.positions, &self.rope, Turn::Forward);
+        rope(&mut saved.q, &batch.positions, table, Turn::Forward);
+        rope(&mut saved.k, &batch.positions, table, Turn::Forward);
         let inputs = Inputs {
             q: &saved.q,
             k: &saved.k,
@@ -256,6 +264,7 @@ impl Body {
     ) {
         let Tape {
             saved,
+            rope: table,
             x: dx,
             normed,
             activated,
@@ -324,8 +333,8 @@ impl Body {
             &saved.log_sums,
             inputs,
         );
-        rope(dq, &batch.positions, &self.rope, Turn::Backward);
-        rope(dk, &batch.positions, &self.rope, Turn::Backward);
+        rope(dq, &batch.positions, table, Turn::Backward);
+        rope(dk, &batch.positions, table, Turn::Backward);
         let gain = &weights[block.input_norm.clone()];
         rms_norm(normed, sized(&mut scratch.last, rows), &saved.x, gain, eps);
         weight_gradient(gradients, (layer, block), Linear::Q, dq, normed, rows);
