@@ -242,6 +242,8 @@ impl Bed {
                 Err(error) => return Err(error.context(self.explain("containerd"))),
             }
         };
+        // Another bed's import writes the same files.
+        let _alone = cache::lock("images")?;
         let mut all = Vec::new();
         for name in names {
             let built = name.build()?;

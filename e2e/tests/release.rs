@@ -228,15 +228,19 @@ async fn leader_changes_hands(context: &Context) -> Result<()> {
         .pop()
         .context("there is a lease")?;
     let name = lease.name_any();
-    let held = |lease: Option<&Lease>| holder(lease).is_some_and(|holder| !holder.is_empty());
-    let first = holder(Some(&wait::until(&leases, &name, "is held", DEADLINE, held).await?)).context("a holder")?;
     let pods: Api<Pod> = Api::namespaced(context.client.clone(), install::NAMESPACE);
-    let all = operator::pods(&context.client).await?;
-    let leader = all
+    let names: Vec<String> = operator::pods(&context.client)
+        .await?
         .iter()
-        .find(|pod| first.contains(&pod.name_any()))
-        .context("the holder is a pod")?;
-    pods.delete(&leader.name_any(), &DeleteParams::default()).await?;
+        .map(|pod| pod.name_any())
+        .collect();
+    // One that has ended may still hold it for a while.
+    let held = |lease: Option<&Lease>| holder(lease).is_some_and(|holder| names.contains(&holder));
+    let first = holder(Some(
+        &wait::until(&leases, &name, "is held by a pod", DEADLINE, held).await?,
+    ))
+    .context("a holder")?;
+    pods.delete(&first, &DeleteParams::default()).await?;
     let other = |lease: Option<&Lease>| holder(lease).is_some_and(|now| !now.is_empty() && now != first);
     wait::until(&leases, &name, "has another holder", Duration::from_secs(60), other)
         .await

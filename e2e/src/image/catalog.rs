@@ -221,6 +221,7 @@ pub fn model() -> Result<PathBuf> {
 /// An image cannot be built, or the registry refuses it: log in first with the registry's own tool.
 pub fn push(registry: &str) -> Result<Vec<Built>> {
     go::build(&[go::Program::Crane])?;
+    let _alone = cache::lock("images")?;
     let mut all = Vec::new();
     for name in STRATA {
         let built = name.build()?;
