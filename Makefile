@@ -7,7 +7,9 @@ CARGO_DENY := 0.20.2
 # a registry that it can pull from.
 CLUSTER ?=
 REGISTRY ?=
-WHERE := --cluster "$(CLUSTER)" --registry "$(REGISTRY)"
+# With several nodes: the storage class of volumes that pods of several nodes can share.
+STORAGE_CLASS ?=
+WHERE := --cluster "$(CLUSTER)" --registry "$(REGISTRY)" --storage-class "$(STORAGE_CLASS)"
 # The slot of the tests' cluster; the demo has slot 0, so that both can run at once.
 SLOT ?= 1
 # Always the whole workspace, filtered by target: with `-p`, cargo would choose other features and compile all anew.
