@@ -95,7 +95,9 @@ impl FailureReason {
             }
             Self::Diverged => "Lower the learning rate, then apply the changed spec.",
             Self::CheckpointCorrupt => "Raise spec.runGeneration to start anew; what is damaged stays where it is.",
-            Self::Interrupted => "Nothing: the next attempt starts by itself, from the last checkpoint where the stage has any.",
+            Self::Interrupted => {
+                "Nothing: the next attempt starts by itself, from the last checkpoint where the stage has any."
+            }
             Self::Internal => "Read the stage's log; if it repeats, report it with that log.",
         }
     }

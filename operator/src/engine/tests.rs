@@ -246,7 +246,11 @@ async fn what_no_watch_told_is_seen_after_the_next_list() {
     };
     let (store, writer) = kube::runtime::reflector::store();
     let mut tasks = tokio::task::JoinSet::new();
-    tasks.spawn(watches.clone().resources::<Dataset>(writer, context.clone()));
+    tasks.spawn(
+        watches
+            .clone()
+            .resources::<Dataset>(writer, context.clone(), tokio::sync::oneshot::channel().0),
+    );
     let mut datasets = queues.remove(&ResourceKind::Dataset).expect("a queue");
     let mut pretrains = queues.remove(&ResourceKind::PretrainJob).expect("a queue");
     assert_eq!(woken(&mut datasets).await, "plays");

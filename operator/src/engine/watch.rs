@@ -19,7 +19,7 @@ use kube::runtime::reflector::{self, ObjectRef, Store};
 use kube::runtime::watcher::{self, Event, watcher};
 use kube::{Api, Client, Resource, ResourceExt};
 use tokio::sync::mpsc::{Receiver, Sender, channel};
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
 
 use super::index::Index;
@@ -102,13 +102,16 @@ impl Watches {
         })
     }
 
-    /// Watches one of the four kinds for ever. Fills the store that says which resources there are.
+    /// Watches one of the four kinds for ever. Fills the store that says which resources there are, and says `filled` when
+    /// it has been.
     pub async fn resources<K: Kind>(
         self,
         writer: reflector::store::Writer<PartialObjectMeta<K>>,
         context: Arc<Context>,
+        filled: oneshot::Sender<()>,
     ) {
         let store = writer.as_reader();
+        let mut filled = Some(filled);
         let mut events = pin!(reflector::reflector(writer, self.events::<K>(None)));
         while let Some(event) = events.next().await {
             let (object, is_deleted) = match event {
@@ -117,6 +120,10 @@ impl Watches {
                 // Until the list is whole, the store shows what was before.
                 Ok(Event::Init | Event::InitApply(_)) => continue,
                 Ok(Event::InitDone) => {
+                    if let Some(filled) = filled.take() {
+                        // Nobody may be waiting any more.
+                        let _ = filled.send(());
+                    }
                     self.listed(&store, &context).await;
                     continue;
                 }
@@ -289,14 +296,16 @@ fn start_kind<K: Kind>(
 ) {
     let Some(queue) = queues.remove(&K::KIND) else { return };
     let (store, writer) = reflector::store::<PartialObjectMeta<K>>();
+    // The loop waits for the store by itself, and a store wakes only one who waits for it: hence a signal of our own.
+    let (filled, is_filled) = oneshot::channel();
     started
         .watches
-        .spawn(watches.clone().resources::<K>(writer, context.clone()));
+        .spawn(watches.clone().resources::<K>(writer, context.clone(), filled));
     started
         .loops
-        .spawn(run::<K>(context.clone(), queue, store.clone(), stop.clone()));
+        .spawn(run::<K>(context.clone(), queue, store, stop.clone()));
     started.filled.spawn(async move {
         // It fails only if the watch is gone, and then the operator is stopping.
-        let _ = store.wait_until_ready().await;
+        let _ = is_filled.await;
     });
 }
