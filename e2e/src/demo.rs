@@ -119,7 +119,7 @@ pub async fn run(cluster: &Cluster) -> Result<()> {
     install(cluster, &fit)?;
     step(4, "the samples: config/samples, with these images");
     apply_samples(cluster, &fit).await?;
-    step(5, "the life of a model (about ten minutes on two cores)");
+    step(5, "the life of a model (five to ten minutes on two cores)");
     let client = cluster.client().await?;
     Life::new(client.clone(), NAMESPACE).watch(LIFE_DEADLINE).await?;
     step(6, "a chat with the model that was just aligned");
@@ -263,7 +263,7 @@ fn next(cluster: &Cluster, elapsed: Duration) {
         "kubectl -n strata-demo describe alignmentjob assistant",
         "kubectl -n strata-demo scale inferenceservice assistant --replicas=1",
         "kubectl -n strata-demo port-forward service/assistant 8000:80 &",
-        r#"curl -N localhost:8000/v1/chat/completions -H 'content-type: application/json' -d '{"model":"assistant","stream":true,"messages":[{"role":"user","content":"Hello!"}]}'"#,
+        r#"curl -N localhost:8000/v1/chat/completions -H 'content-type: application/json' -d '{"model":"assistant","stream":true,"temperature":0.2,"messages":[{"role":"user","content":"Hello!"}]}'"#,
     ] {
         shell_line(&format!("  {line}"));
     }
