@@ -67,7 +67,7 @@ test-e2e: bed ## Tests on a real cluster; it stays up when one fails
 	eval "$$($(BIN)/bed env --slot $(SLOT))" && cargo test --workspace $(E2E:%=--test %)
 	$(BIN)/bed down --slot $(SLOT)
 
-test-interop: programs ## transformers, PEFT and datasets read what is published and compute the same (3 GB of Python packages)
+test-interop: programs ## transformers, PEFT, datasets and openai against what is published and served (3 GB of Python packages)
 	cargo build --workspace --examples
 	e2e/interop/run $(BIN)
 

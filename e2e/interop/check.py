@@ -15,6 +15,7 @@ import urllib.request
 from pathlib import Path
 
 import datasets
+import openai
 import torch
 import transformers
 from peft import PeftModel
@@ -136,10 +137,36 @@ def check_served(model, folder: Path, runtime: str) -> None:
                 sys.exit(f"FAILED served: {token_text!r} where transformers says {tokenizer.decode([best])!r}")
             worst = max(worst, abs(log_softmax[best].item() - served))
             tokens.append(best)
+        check_clients(url)
         near("served: log-probabilities of 8 greedy tokens, largest difference", worst, 0.0, 5e-3)
     finally:
         server.terminate()
         server.wait(30)
+
+
+def check_clients(url: str) -> None:
+    """OpenAI's own client, as for OpenAI and as for Azure: the same answer, whole and streamed; errors by their class."""
+    request = {"model": "m", "messages": [{"role": "user", "content": "Hello!"}], "temperature": 0, "max_tokens": 8}
+    answers = []
+    for client in [
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0),
+        openai.AzureOpenAI(azure_endpoint=url, api_key="none", api_version="2024-10-21", max_retries=0),
+        openai.OpenAI(base_url=f"{url}/openai/v1/", api_key="none", max_retries=0),
+    ]:
+        answers.append(client.chat.completions.create(**request).choices[0].message.content)
+        stream = client.chat.completions.create(**request, stream=True, stream_options={"include_usage": True})
+        chunks = list(stream)
+        answers.append("".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices))
+        if chunks[-1].usage.completion_tokens < 1:
+            sys.exit(f"FAILED {type(client).__name__}: the stream ends without usage")
+        try:
+            client.chat.completions.create(**{**request, "model": "nobody"})
+            sys.exit(f"FAILED {type(client).__name__}: a model that is not served answers")
+        except openai.NotFoundError:
+            pass
+    if len(set(answers)) != 1 or not answers[0]:
+        sys.exit(f"FAILED clients: {answers}")
+    print(f"ok  openai {openai.__version__}, three ways to reach the server: {answers[0]!r}")
 
 
 def post(url: str, body: dict) -> dict:

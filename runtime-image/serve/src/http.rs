@@ -2,6 +2,7 @@
 
 mod admit;
 mod api;
+mod azure;
 mod chat;
 mod completions;
 mod error;
@@ -115,12 +116,20 @@ pub(crate) fn unix_seconds() -> u64 {
         .map_or(0, |since| since.as_secs())
 }
 
+fn v1() -> Router<Arc<State>> {
+    Router::new()
+        .route("/chat/completions", post(chat::create))
+        .route("/completions", post(completions::create))
+        .route("/models", get(other::models))
+        .route("/models/{*id}", get(other::model))
+}
+
 pub(crate) fn router(state: Arc<State>) -> Router {
     Router::new()
-        .route("/v1/chat/completions", post(chat::create))
-        .route("/v1/completions", post(completions::create))
-        .route("/v1/models", get(other::models))
-        .route("/v1/models/{*id}", get(other::model))
+        .nest("/v1", v1())
+        .nest("/openai/v1", v1())
+        .route("/openai/deployments/{name}/chat/completions", post(azure::chat))
+        .route("/openai/deployments/{name}/completions", post(azure::completions))
         .route("/tokenize", post(other::tokenize))
         .route("/detokenize", post(other::detokenize))
         .route("/health", get(other::health))

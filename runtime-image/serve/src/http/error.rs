@@ -62,6 +62,18 @@ impl ApiError {
         }
     }
 
+    /// A deployment, as Azure calls a model in the path, that is not served here.
+    pub(super) fn unknown_deployment(name: &str, served: &[String]) -> Self {
+        let message = format!(
+            "The API deployment `{name}` does not exist; this server has {}.",
+            served.join(", ")
+        );
+        ApiError {
+            code: Some("DeploymentNotFound"),
+            ..Self::new(StatusCode::NOT_FOUND, "invalid_request_error", message)
+        }
+    }
+
     /// No such path.
     pub(super) fn not_found(message: String) -> Self {
         ApiError {

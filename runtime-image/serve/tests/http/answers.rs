@@ -205,3 +205,46 @@ async fn requests_say_how_tokens_are_chosen_and_where_they_end() {
     );
     server.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn azure_paths_are_answered_as_openais() {
+    let server = Running::start("--max-model-len 256").await;
+    let content = async |path: &str, body: Value| {
+        let (status, answer) = server.post(path, body.to_string()).await;
+        assert_eq!(status, StatusCode::OK, "{path}: {answer}");
+        let choice = &answer["choices"][0];
+        choice["message"]["content"]
+            .as_str()
+            .or(choice["text"].as_str())
+            .unwrap()
+            .to_owned()
+    };
+    let said = content("/v1/chat/completions", chat("x", json!({}))).await;
+    let mut without_model = chat("x", json!({}));
+    without_model.as_object_mut().unwrap().remove("model");
+    for (path, body) in [
+        ("/openai/v1/chat/completions", chat("x", json!({}))),
+        (
+            "/openai/deployments/tiny/chat/completions?api-version=2024-10-21",
+            without_model,
+        ),
+    ] {
+        assert_eq!(content(path, body).await, said, "{path}");
+    }
+    let completion = json!({ "prompt": "abc", "temperature": 0, "max_tokens": 8, "ignore_eos": true });
+    let written = content("/v1/completions", completion.clone()).await;
+    let path = "/openai/deployments/other/completions?api-version=2024-10-21";
+    assert_eq!(content(path, completion).await, written);
+    assert_eq!(server.get("/openai/v1/models").await, server.get("/v1/models").await);
+    let (status, answer) = server
+        .post(
+            "/openai/deployments/gpt-4/chat/completions",
+            chat("x", json!({})).to_string(),
+        )
+        .await;
+    assert_eq!(
+        (status, &answer["error"]["code"]),
+        (StatusCode::NOT_FOUND, &json!("DeploymentNotFound"))
+    );
+    server.stop().await;
+}
