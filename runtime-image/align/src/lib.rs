@@ -22,14 +22,14 @@ mod train;
 use std::collections::BTreeMap;
 
 use serde_json::{Map, json};
-use strata_artifact::{Attempt, Draft, Opened, RunFolder, Verify, open};
+use strata_artifact::{Attempt, Draft, Opened, RunFolder, Verify, check_figures, open};
 use strata_contract::{AlignConfig, AlignMethod, ArtifactKind, FailureReason, Input, Report};
 use strata_evaluate::{EvaluationSet, Pair, Preferences, TextScore, TextSet, score_text};
 use strata_model::{Dtype, hf};
 use strata_stage::{StageContext, StageError};
 use strata_train::{
-    Job, Linear, Lora, ModelFiles, Named, Scorer, clean_up, evaluate_error, finite, write_evaluation, write_json,
-    write_model, writing_error,
+    Job, Linear, Lora, ModelFiles, Named, Scorer, clean_up, evaluate_error, write_evaluation, write_json, write_model,
+    writing_error,
 };
 
 use crate::base::Base;
@@ -117,7 +117,7 @@ pub fn run(config: &AlignConfig, context: &StageContext) -> Result<Report, Stage
         ("pairsTooLong".to_owned(), (train.too_long + held_out.too_long) as f64),
         ("pairsUnusable".to_owned(), (train.unusable + held_out.unusable) as f64),
     ]);
-    finite(&metrics)?;
+    check_figures(&metrics)?;
     let gates: Vec<_> = config.gates.iter().map(|gate| gate.judge(&metrics)).collect();
     context.progress.start("publishing", "models", 1);
     write(&attempt, &work, &adapter, &merged, &set, &metrics)?;

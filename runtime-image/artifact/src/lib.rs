@@ -21,7 +21,7 @@ mod run;
 pub use error::ArtifactError;
 pub use hashing::{HashingReader, HashingWriter, hash_file, hash_files};
 pub use open::{Opened, Verify, open};
-pub use run::{Attempt, Draft, FileWriter, RunFolder};
+pub use run::{Attempt, Draft, FileWriter, RunFolder, check_figures};
 
 /// Result of a storage operation.
 pub type Result<T> = std::result::Result<T, ArtifactError>;

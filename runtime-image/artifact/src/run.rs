@@ -468,8 +468,12 @@ fn link_new(from: &Path, to: &Path) -> Result<bool> {
     }
 }
 
-/// JSON has no figures beyond the finite ones.
-fn check_figures(metrics: &BTreeMap<String, f64>) -> Result<()> {
+/// Refuses figures that are not finite: JSON has no others, and no gate can judge them. Stages that go on to gates ask
+/// before; publishing asks in any case.
+///
+/// # Errors
+/// [`ArtifactError::NotFinite`], with the figure's name.
+pub fn check_figures(metrics: &BTreeMap<String, f64>) -> Result<()> {
     match metrics.iter().find(|(_, value)| !value.is_finite()) {
         Some((metric, &value)) => {
             let metric = metric.clone();

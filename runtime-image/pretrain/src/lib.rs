@@ -13,14 +13,14 @@ mod train;
 
 use std::collections::BTreeMap;
 
-use strata_artifact::{Draft, Opened, RunFolder, Verify, open};
+use strata_artifact::{Draft, Opened, RunFolder, Verify, check_figures, open};
 use strata_contract::{ArtifactKind, FailureReason, Gate, PretrainConfig, Report};
 use strata_encode::TextTokenizer;
 use strata_evaluate::{EvaluationSet, Trigram, score_text};
 use strata_model::{Family, GenerationConfig, ModelConfig};
 use strata_stage::{StageContext, StageError};
 use strata_train::{
-    Body, Executor, Job, ModelFiles, Named, Scorer, clean_up, evaluate_error, finite, model_error, write_evaluation,
+    Body, Executor, Job, ModelFiles, Named, Scorer, clean_up, evaluate_error, model_error, write_evaluation,
     write_model,
 };
 
@@ -66,7 +66,7 @@ pub fn run(config: &PretrainConfig, context: &StageContext) -> Result<Report, St
     let set = evaluation_set(&datasets, &corpus, &tokenizer, &model)?;
     let mut metrics = evaluate(&set, &body, &weights, &job, context)?;
     metrics.insert("tokensTrained".into(), tokens as f64);
-    finite(&metrics)?;
+    check_figures(&metrics)?;
     let gates: Vec<_> = config.gates.iter().map(|gate: &Gate| gate.judge(&metrics)).collect();
     let name = &context.run.resource.name;
     let files = ModelFiles {

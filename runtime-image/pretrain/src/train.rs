@@ -63,8 +63,8 @@ impl Trainer<'_> {
         progress.start("training", "tokens", training.tokens);
         progress.set(position.tokens.min(training.tokens));
         let mut speed = Speed::default();
+        let mut notes = position.notes();
         while optimizer.step() < steps {
-            let notes = position.notes();
             let until = (optimizer.step() + 1) * training.batch_tokens;
             let (batches, asked) = self.next_batches(&mut pieces, until)?;
             let mut loss = 0f64;
@@ -88,6 +88,7 @@ impl Trainer<'_> {
                 return Err(StageError::new(FailureReason::Diverged, message));
             }
             position = pieces.position();
+            notes = position.notes();
             last_loss = Some(loss);
             speed.add(asked as u64);
             progress.set(position.tokens.min(training.tokens));
@@ -102,7 +103,6 @@ impl Trainer<'_> {
                     "training"
                 );
             }
-            let notes = position.notes();
             let state = || optimizer.state(&weights, position.sample, &notes);
             match step == steps {
                 // The evaluation may be interrupted too: it then starts from here.

@@ -9,7 +9,7 @@
 
 use std::collections::BTreeMap;
 
-use strata_artifact::{Attempt, Draft, Opened, RunFolder, Verify, open};
+use strata_artifact::{Attempt, Draft, Opened, RunFolder, Verify, check_figures, open};
 use strata_contract::{ArtifactKind, FailureReason, QuantizationFormat, QuantizeConfig, Report};
 use strata_evaluate::{EVALUATION_FILE, EvaluateError, EvaluationSet, LanguageModel};
 use strata_kernels::infer::KvDtype;
@@ -35,7 +35,13 @@ pub fn run(config: &QuantizeConfig, context: &StageContext) -> Result<Report, St
     context.progress.add(1);
     let (set, mut metrics) = evaluate(&attempt, &opened, &source.config, context)?;
     metrics.extend(losses(&opened, &metrics));
-    check_finite(&metrics)?;
+    check_figures(&metrics).map_err(|error| {
+        let message = format!(
+            "gate failed: {error}; the written file would answer nonsense: the model's values are too large to be computed \
+             with; train or align it again with a lower learning rate"
+        );
+        StageError::new(FailureReason::GateFailed, message)
+    })?;
     if let Some(set) = set {
         write_evaluation(&attempt, &set, &metrics, &context.run.resource.name)?;
     }
@@ -122,20 +128,6 @@ fn longest(set: &EvaluationSet) -> usize {
         .chain(pairs.map(|pair| pair.prompt.len() + pair.chosen.len().max(pair.rejected.len())))
         .max()
         .unwrap_or(1)
-}
-
-/// No gate can judge what is not a number, and no manifest can hold it.
-fn check_finite(metrics: &BTreeMap<String, f64>) -> Result<(), StageError> {
-    match metrics.iter().find(|(_, value)| !value.is_finite()) {
-        None => Ok(()),
-        Some((name, value)) => Err(StageError::new(
-            FailureReason::GateFailed,
-            format!(
-                "gate failed: {name} is {value} on the written file, so it would answer nonsense: the model's values are \
-                 too large to be computed with; train or align it again with a lower learning rate"
-            ),
-        )),
-    }
 }
 
 /// What the form before had better, for the figures that both have.

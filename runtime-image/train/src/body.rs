@@ -109,6 +109,7 @@ pub enum Gradients<'a> {
 pub struct Tape {
     kernels: kernels::Tape,
     graph: Option<candle::Graph>,
+    /// What the graph computed, on the host.
     log_probs: Vec<f32>,
     /// What the last forward kept.
     kept: Option<Keep>,
@@ -169,19 +170,15 @@ impl Body {
         batch.check(self.config.vocab_size, self.config.max_positions);
         tape.kept = Some(keep);
         match &weights.0 {
-            At::Host(weights) => {
-                let log_probs = self.kernels_forward(weights, batch, &mut tape.kernels, keep != Keep::Nothing);
-                tape.log_probs.clear();
-                tape.log_probs.extend_from_slice(log_probs);
-            }
+            At::Host(weights) => Ok(self.kernels_forward(weights, batch, &mut tape.kernels, keep != Keep::Nothing)),
             At::Device(weights) => {
                 tape.graph = None; // its memory is needed for the next one
                 let graph = self.candle_forward(weights, batch, keep)?;
                 tape.log_probs = graph.log_probs()?;
                 tape.graph = (keep != Keep::Nothing).then_some(graph);
+                Ok(&tape.log_probs)
             }
         }
-        Ok(&tape.log_probs)
     }
 
     /// Adds the gradient of `sum of coefficients[i] · log_probs[i]`, which the last forward of `tape` computed from the same

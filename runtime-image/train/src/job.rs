@@ -171,17 +171,6 @@ pub fn clean_up(run: &RunFolder) {
     }
 }
 
-/// Refuses a result with a figure that is not a number: the last update went astray after the last loss was looked at.
-///
-/// # Errors
-/// The figure's name, as `Diverged`.
-pub fn finite(metrics: &BTreeMap<String, f64>) -> Result<(), StageError> {
-    match metrics.iter().find(|(_, value)| !value.is_finite()) {
-        Some((name, value)) => Err(StageError::new(FailureReason::Diverged, format!("{name} is {value}"))),
-        None => Ok(()),
-    }
-}
-
 /// Work per second since a start.
 #[derive(Clone, Copy, Debug)]
 pub struct Speed {

@@ -30,7 +30,7 @@ mod scorer;
 pub use batch::{Batch, Scored};
 pub use body::{Body, Executor, ExecutorError, Gradients, Keep, Placed, Tape};
 pub use checkpoint::{CheckpointError, Resumed, State};
-pub use job::{Job, Speed, Start, clean_up, evaluate_error, finite, model_error};
+pub use job::{Job, Speed, Start, clean_up, evaluate_error, model_error};
 pub use lora::Lora;
 pub use optimizer::{Course, Optimizer};
 pub use parameters::{Layout, Linear, Named, initialize, load};

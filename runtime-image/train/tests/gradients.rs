@@ -78,6 +78,14 @@ impl Case {
         log_probs
     }
 
+    /// An adapter away from its start, drawn from `seed`.
+    fn adapter(&self, seed: u64) -> (Lora, Vec<f32>) {
+        let lora = Lora::new(self.kernels.layout(), 3, 6.0);
+        let mut random = Random::new(seed, 2);
+        let parameters = (0..lora.len()).map(|_| random.normal() as f32 * 0.2).collect();
+        (lora, parameters)
+    }
+
     /// The gradient of the adapter's parameters.
     fn adapter_gradient(&self, body: &Body, lora: &Lora, parameters: &[f32]) -> Vec<f32> {
         let mut merged = self.weights.clone();
@@ -140,9 +148,7 @@ fn every_weight_gets_the_gradient_that_candle_gives_it() {
 #[test]
 fn every_adapter_parameter_gets_the_gradient_that_candle_gives_it() {
     let case = case(true);
-    let lora = Lora::new(case.kernels.layout(), 3, 6.0);
-    let mut random = Random::new(2, 2);
-    let parameters: Vec<f32> = (0..lora.len()).map(|_| random.normal() as f32 * 0.2).collect();
+    let (lora, parameters) = case.adapter(2);
     let got = case.adapter_gradient(&case.kernels, &lora, &parameters);
     let expected = case.adapter_gradient(&case.candle, &lora, &parameters);
     for (name, _, range) in lora.tensors() {
@@ -154,9 +160,7 @@ fn every_adapter_parameter_gets_the_gradient_that_candle_gives_it() {
 #[test]
 fn an_adapters_gradient_is_the_slope_of_the_objective() {
     let case = case(true);
-    let lora = Lora::new(case.kernels.layout(), 3, 6.0);
-    let mut random = Random::new(3, 2);
-    let parameters: Vec<f32> = (0..lora.len()).map(|_| random.normal() as f32 * 0.2).collect();
+    let (lora, parameters) = case.adapter(3);
     let gradient = case.adapter_gradient(&case.kernels, &lora, &parameters);
     let objective = |parameters: &[f32]| -> f64 {
         let mut merged = case.weights.clone();

@@ -75,11 +75,20 @@ fn sized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
 }
 
 impl Body {
-    fn heads(&self) -> Heads {
-        Heads {
+    /// What attention and its backward read; borrows the three buffers alone, as the others are written beside them.
+    fn inputs<'a>(&self, q: &'a [f32], k: &'a [f32], v: &'a [f32], batch: &'a Batch) -> Inputs<'a> {
+        let heads = Heads {
             heads: self.config.heads,
             kv_heads: self.config.kv_heads,
             head_dim: self.config.head_dim,
+        };
+        let sequences = &batch.sequences;
+        Inputs {
+            q,
+            k,
+            v,
+            heads,
+            sequences,
         }
     }
 
@@ -179,13 +188,7 @@ impl Body {
         linear(&mut saved.v, normed, Linear::V);
         rope(&mut saved.q, &batch.positions, table, Turn::Forward);
         rope(&mut saved.k, &batch.positions, table, Turn::Forward);
-        let inputs = Inputs {
-            q: &saved.q,
-            k: &saved.k,
-            v: &saved.v,
-            heads: self.heads(),
-            sequences: &batch.sequences,
-        };
+        let inputs = self.inputs(&saved.q, &saved.k, &saved.v, batch);
         attention(
             sized(&mut saved.out, saved.q.len()),
             sized(&mut saved.log_sums, rows * self.config.heads),
@@ -314,13 +317,7 @@ impl Body {
         let dout = sized(&mut scratch.out, saved.out.len());
         input_gradient(dout, dx, Linear::O, Write::Set);
         weight_gradient(gradients, (layer, block), Linear::O, dx, &saved.out, rows);
-        let inputs = Inputs {
-            q: &saved.q,
-            k: &saved.k,
-            v: &saved.v,
-            heads: self.heads(),
-            sequences: &batch.sequences,
-        };
+        let inputs = self.inputs(&saved.q, &saved.k, &saved.v, batch);
         let (dq, dk, dv) = (
             sized(&mut scratch.q, saved.q.len()),
             sized(&mut scratch.k, saved.k.len()),
