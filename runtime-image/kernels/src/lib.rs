@@ -1,5 +1,6 @@
 //! Forward and backward on raw slices; instruction set chosen at run time.
 
+pub mod arena;
 pub mod cgroup;
 pub mod cpu;
 pub mod infer;

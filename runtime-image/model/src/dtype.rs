@@ -17,20 +17,28 @@ pub enum Dtype {
     Q4_0,
     /// Blocks of 32: F16 scale, F16 minimum, 32 × 4 bits. `x = d·q + m`.
     Q4_1,
+    /// Blocks of 8 × 32: F16 `d` and `dmin`, 8 scales and 8 minimums of 6 bits, 256 × 4 bits. `x = d·scale·q − dmin·minimum`.
+    Q4K,
+    /// Blocks of 16 × 16: 256 × 6 bits, 16 × i8 scales, F16 `d`. `x = d·scale·(q − 32)`.
+    Q6K,
 }
 
-/// Elements in a block of the quantized types.
+/// Elements in a block of Q8_0, Q4_0 and Q4_1.
 pub const BLOCK: usize = 32;
+/// Elements in a block of the K types.
+pub const SUPER_BLOCK: usize = 256;
 
 impl Dtype {
     /// All types.
-    pub const ALL: [Dtype; 6] = [
+    pub const ALL: [Dtype; 8] = [
         Dtype::F32,
         Dtype::F16,
         Dtype::BF16,
         Dtype::Q8_0,
         Dtype::Q4_0,
         Dtype::Q4_1,
+        Dtype::Q4K,
+        Dtype::Q6K,
     ];
 
     /// The type's name as GGUF tools print it.
@@ -42,6 +50,8 @@ impl Dtype {
             Dtype::Q8_0 => "Q8_0",
             Dtype::Q4_0 => "Q4_0",
             Dtype::Q4_1 => "Q4_1",
+            Dtype::Q4K => "Q4_K",
+            Dtype::Q6K => "Q6_K",
         }
     }
 
@@ -53,6 +63,8 @@ impl Dtype {
             Dtype::Q8_0 => (BLOCK, 34),
             Dtype::Q4_0 => (BLOCK, 18),
             Dtype::Q4_1 => (BLOCK, 20),
+            Dtype::Q4K => (SUPER_BLOCK, 144),
+            Dtype::Q6K => (SUPER_BLOCK, 210),
         }
     }
 
@@ -60,7 +72,7 @@ impl Dtype {
     pub fn largest(self) -> f32 {
         match self {
             Dtype::F32 => f32::MAX,
-            Dtype::F16 | Dtype::Q4_0 | Dtype::Q4_1 => f16::MAX.to_f32(),
+            Dtype::F16 | Dtype::Q4_0 | Dtype::Q4_1 | Dtype::Q4K | Dtype::Q6K => f16::MAX.to_f32(),
             Dtype::BF16 => bf16::MAX.to_f32(),
             Dtype::Q8_0 => f16::MAX.to_f32() * 127.0,
         }
@@ -108,6 +120,32 @@ impl Dtype {
                     x[i + 16] = d * f32::from(q >> 4) + m;
                 }
             }),
+            Dtype::Q4K => each::<144, SUPER_BLOCK>(bytes, out, |b, x| {
+                let (d, dmin, six) = (scale(b, 0), scale(b, 2), &b[4..16]);
+                for (i, x) in x.chunks_exact_mut(BLOCK).enumerate() {
+                    let (s, m) = match i {
+                        0..4 => (six[i] & 63, six[i + 4] & 63),
+                        _ => (
+                            (six[i + 4] & 15) | (six[i - 4] >> 6 << 4),
+                            (six[i + 4] >> 4) | (six[i] >> 6 << 4),
+                        ),
+                    };
+                    let (d, m) = (d * f32::from(s), dmin * f32::from(m));
+                    for (x, q) in x.iter_mut().zip(&b[16 + i / 2 * BLOCK..]) {
+                        *x = d * f32::from((q >> (i % 2 * 4)) & 15) - m;
+                    }
+                }
+            }),
+            Dtype::Q6K => each::<210, SUPER_BLOCK>(bytes, out, |b, x| {
+                let (low, high, scales, d) = (&b[..128], &b[128..192], &b[192..208], scale(b, 208));
+                for (at, x) in x.iter_mut().enumerate() {
+                    let (part, quarter, l) = (at / 128, at % 128 / 32, at % 32);
+                    let four = (low[part * 64 + quarter % 2 * 32 + l] >> (quarter / 2 * 4)) & 15;
+                    let two = (high[part * 32 + l] >> (quarter * 2)) & 3;
+                    let q = i32::from(four | (two << 4)) - 32;
+                    *x = d * f32::from(scales[at / 16] as i8) * q as f32;
+                }
+            }),
         }
     }
 
@@ -127,7 +165,7 @@ impl Dtype {
                 out.extend(f16::from_f32(largest / 127.0).to_le_bytes());
                 out.extend(block.iter().map(|x| (x * inverse).round() as i8 as u8));
             }),
-            Dtype::Q4_0 | Dtype::Q4_1 => return None,
+            Dtype::Q4_0 | Dtype::Q4_1 | Dtype::Q4K | Dtype::Q6K => return None,
         }
         Some(())
     }

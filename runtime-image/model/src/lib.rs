@@ -18,7 +18,7 @@ mod weights;
 
 pub use chat::{ChatTemplate, Rendered};
 pub use config::ModelConfig;
-pub use dtype::{BLOCK, Dtype};
+pub use dtype::{BLOCK, Dtype, SUPER_BLOCK};
 pub use error::{ModelError, Result};
 pub use family::{EMBEDDING, FINAL_NORM, Family, FamilySpec, HEAD, Role, TensorSpec, layer_name, tensors};
 pub use generation::GenerationConfig;

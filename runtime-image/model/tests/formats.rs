@@ -165,13 +165,13 @@ fn an_unknown_gguf_architecture_is_a_typed_error_with_the_known_ones() {
     let config = tiny_config();
     write_gguf(&file, &config, &weights(&config, 1), Dtype::F32);
 
-    // As in a Q4_K_M file: a matrix that is needed has a type that is known to GGUF alone. After a name come the number of
+    // As in a Q5_K_M file: a matrix that is needed has a type that is known to GGUF alone. After a name come the number of
     // dimensions, two sizes and the type.
     let name = b"blk.1.attn_q.weight";
-    patch(&file, name, name.len() + 4 + 16, &12u32.to_le_bytes());
+    patch(&file, name, name.len() + 4 + 16, &13u32.to_le_bytes());
     match LoadedModel::open(&file).unwrap_err() {
         ModelError::Unsupported { what, .. } => assert!(
-            what.starts_with("tensor model.layers.1.self_attn.q_proj.weight: element type Q4_K is not supported; F32,"),
+            what.starts_with("tensor model.layers.1.self_attn.q_proj.weight: element type Q5_K is not supported; F32,"),
             "{what}"
         ),
         other => panic!("{other}"),

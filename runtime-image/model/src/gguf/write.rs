@@ -218,6 +218,8 @@ fn metadata(path: &Path, name: &str, config: &ModelConfig, texts: Texts<'_>, dty
         Dtype::Q4_0 => 2,
         Dtype::Q4_1 => 3,
         Dtype::Q8_0 => 7,
+        Dtype::Q4K => 14,
+        Dtype::Q6K => 18,
         Dtype::BF16 => 32,
     };
     out.string("general.architecture", arch);

@@ -2,15 +2,16 @@
 
 use std::sync::Arc;
 
+use strata_kernels::arena::Arena;
 use strata_kernels::cpu::{Isa, isa};
 use strata_kernels::infer::{
-    F32Matrix, Input, KvDtype, KvLayer, KvLayout, Matrix, Q8Matrix, Q8Rows, Sequence, attend, matmul,
+    FloatRows, Format, Input, KvDtype, KvLayer, KvLayout, Matrix, Q8Rows, Sequence, attend, matmul,
 };
 use strata_kernels::ops::activation::silu_mul;
 use strata_kernels::ops::rms_norm::rms_norm;
 use strata_kernels::ops::rope::{RopeTable, Turn, rope};
-use strata_kernels::pool;
-use strata_model::{BLOCK, Dtype, EMBEDDING, FINAL_NORM, HEAD, ModelConfig, ModelError, Weights, layer_name};
+use strata_kernels::pool::{self, Pool};
+use strata_model::{Dtype, EMBEDDING, FINAL_NORM, HEAD, ModelConfig, ModelError, Weights, layer_name};
 
 /// Rows of logits computed at once: bounds their memory whatever the batch.
 const LOGIT_ROWS: usize = 32;
@@ -18,7 +19,7 @@ const LOGIT_ROWS: usize = 32;
 /// How matrices are held in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Precision {
-    /// As near to the file as the kernels have it: Q8_0 as it is, Q4_0 and Q4_1 as Q8_0, floats as F32.
+    /// As in the file, repacked; what is multiplied with a quantized matrix is rounded to 8-bit blocks.
     Stored,
     /// Everything as F32.
     Float,
@@ -72,8 +73,15 @@ struct Scratch {
     gate: Vec<f32>,
     up: Vec<f32>,
     product: Vec<f32>,
-    quantized: Q8Rows,
+    rows: Rows,
     logits: Vec<f32>,
+}
+
+/// The input of matrices, in both forms that they take it.
+#[derive(Default)]
+struct Rows {
+    floats: FloatRows,
+    quantized: Q8Rows,
 }
 
 /// A model's weights, its key-value cache, and the buffers to run it.
@@ -116,7 +124,8 @@ impl Executor {
         blocks: usize,
         positions: usize,
     ) -> Result<Self, ModelError> {
-        let load = |name: &str| matrix(weights, name, precision);
+        let arena = Arena::default();
+        let load = |name: &str| matrix(&arena, weights, name, precision);
         let layers = (0..config.layers)
             .map(|layer| {
                 let load = |part: &str| load(&layer_name(layer, part));
@@ -235,10 +244,10 @@ impl Executor {
                 &layer.attention_norm,
                 config.norm_eps,
             );
-            let input = self::input(
-                &mut s.quantized,
+            let input = s.rows.input(
+                pool,
                 *isa,
-                &s.normed,
+                &mut s.normed,
                 hidden,
                 &[&layer.queries, &layer.keys, &layer.values],
             );
@@ -257,7 +266,7 @@ impl Executor {
                 cache.write(block, position % *block_tokens, &s.keys[at.clone()], &s.values[at]);
             }
             attend(pool, *isa, cache, &s.queries, &sequences, &mut s.mixed);
-            let input = self::input(&mut s.quantized, *isa, &s.mixed, width, &[&layer.output]);
+            let input = s.rows.input(pool, *isa, &mut s.mixed, width, &[&layer.output]);
             matmul(pool, *isa, input, &mut [(&layer.output, s.projected.as_mut_slice())]);
             add(&mut s.hidden, &s.projected);
 
@@ -268,7 +277,9 @@ impl Executor {
                 &layer.feed_forward_norm,
                 config.norm_eps,
             );
-            let input = self::input(&mut s.quantized, *isa, &s.normed, hidden, &[&layer.gate, &layer.up]);
+            let input = s
+                .rows
+                .input(pool, *isa, &mut s.normed, hidden, &[&layer.gate, &layer.up]);
             matmul(
                 pool,
                 *isa,
@@ -276,13 +287,9 @@ impl Executor {
                 &mut [(&layer.gate, s.gate.as_mut_slice()), (&layer.up, s.up.as_mut_slice())],
             );
             silu_mul(&mut s.product, &s.gate, &s.up);
-            let input = self::input(
-                &mut s.quantized,
-                *isa,
-                &s.product,
-                config.intermediate_size,
-                &[&layer.down],
-            );
+            let input = s
+                .rows
+                .input(pool, *isa, &mut s.product, config.intermediate_size, &[&layer.down]);
             matmul(pool, *isa, input, &mut [(&layer.down, s.projected.as_mut_slice())]);
             add(&mut s.hidden, &s.projected);
         }
@@ -297,7 +304,7 @@ impl Executor {
             let normed = &mut s.normed[..some.len() * hidden];
             rms_norm(normed, &mut s.inverse[..some.len()], last, final_norm, config.norm_eps);
             s.logits.resize(some.len() * config.vocab_size, 0.0);
-            let input = self::input(&mut s.quantized, *isa, normed, hidden, &[head]);
+            let input = s.rows.input(pool, *isa, normed, hidden, &[head]);
             matmul(pool, *isa, input, &mut [(&**head, s.logits.as_mut_slice())]);
             for (row, values) in some.iter().zip(s.logits.chunks_exact(config.vocab_size)) {
                 logits(*row, values);
@@ -306,43 +313,45 @@ impl Executor {
     }
 }
 
-/// The input as the matrices that it goes to need it.
-fn input<'a>(
-    quantized: &'a mut Q8Rows,
-    isa: Isa,
-    values: &'a [f32],
-    columns: usize,
-    matrices: &[&Matrix],
-) -> Input<'a> {
-    if matrices.iter().any(|matrix| matches!(matrix, Matrix::Q8(_))) {
-        quantized.quantize(isa, values, columns);
+impl Rows {
+    /// The input as the matrices that it goes to need it.
+    fn input(&mut self, pool: &Pool, isa: Isa, values: &mut [f32], columns: usize, matrices: &[&Matrix]) -> Input<'_> {
+        if matrices.iter().any(|matrix| matrix.format().is_quantized()) {
+            self.quantized.fill(pool, isa, columns, values, |_, _| ());
+        }
+        if matrices.iter().any(|matrix| !matrix.format().is_quantized()) {
+            self.floats.fill(pool, columns, values);
+        }
+        Input {
+            floats: &self.floats,
+            quantized: &self.quantized,
+        }
     }
-    Input { values, quantized }
 }
 
 fn add(to: &mut [f32], values: &[f32]) {
     to.iter_mut().zip(values).for_each(|(to, value)| *to += value);
 }
 
-fn matrix(weights: &dyn Weights, name: &str, precision: Precision) -> Result<Matrix, ModelError> {
+fn matrix(arena: &Arena, weights: &dyn Weights, name: &str, precision: Precision) -> Result<Matrix, ModelError> {
     let raw = weights.raw(name)?;
     let (rows, columns) = (raw.shape[0], raw.shape[1]);
-    let stored = precision == Precision::Stored && columns.is_multiple_of(BLOCK);
-    Ok(match raw.dtype {
-        Dtype::Q8_0 if stored => Matrix::Q8(Q8Matrix::pack(rows, columns, &raw.bytes)),
-        Dtype::Q4_0 | Dtype::Q4_1 if stored => {
-            let mut values = vec![0.0; rows * columns];
-            raw.dtype.to_f32(&raw.bytes, &mut values);
-            let mut bytes = Vec::new();
-            Dtype::Q8_0
-                .from_f32(&values, &mut bytes)
-                .expect("the columns are whole blocks");
-            Matrix::Q8(Q8Matrix::pack(rows, columns, &bytes))
-        }
-        _ => {
-            let mut values = vec![0.0; rows * columns];
-            raw.dtype.to_f32(&raw.bytes, &mut values);
-            Matrix::F32(F32Matrix::new(rows, columns, values))
-        }
-    })
+    let format = match raw.dtype {
+        Dtype::F32 => Format::F32,
+        Dtype::F16 => Format::F16,
+        Dtype::BF16 => Format::BF16,
+        Dtype::Q8_0 => Format::Q8_0,
+        Dtype::Q4_0 => Format::Q4_0,
+        Dtype::Q4_1 => Format::Q4_1,
+        Dtype::Q4K => Format::Q4K,
+        Dtype::Q6K => Format::Q6K,
+    };
+    let pool = pool::global();
+    if precision == Precision::Stored || !format.is_quantized() {
+        return Ok(Matrix::pack(pool, arena, format, rows, columns, &raw.bytes));
+    }
+    let mut values = vec![0.0; rows * columns];
+    raw.dtype.to_f32(&raw.bytes, &mut values);
+    let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+    Ok(Matrix::pack(pool, arena, Format::F32, rows, columns, &bytes))
 }
