@@ -1,6 +1,8 @@
 //! The command line of `strata-runtime serve`, named as in `vllm serve` where it means the same.
 
+use std::fmt;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use clap::{Args, ValueEnum};
 use strata_kernels::infer::KvDtype;
@@ -33,6 +35,27 @@ impl CacheDtype {
     }
 }
 
+/// A key that clients must present. It is never shown: neither in a log nor in an error.
+#[derive(Clone, PartialEq, Eq)]
+pub struct ApiKey(pub(crate) String);
+
+impl FromStr for ApiKey {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text.trim() {
+            "" => Err("the key is empty"),
+            key => Ok(ApiKey(key.to_owned())),
+        }
+    }
+}
+
+impl fmt::Debug for ApiKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ApiKey(…)")
+    }
+}
+
 /// Arguments of the server.
 #[derive(Args, Clone, Debug)]
 pub struct ServeArgs {
@@ -48,6 +71,20 @@ pub struct ServeArgs {
     /// Port to listen on; 0 takes any free one.
     #[arg(long, default_value_t = 8000)]
     pub port: u16,
+    /// Key that clients must present, as `Authorization: Bearer KEY` or `api-key: KEY`; may be given several times. Default: what
+    /// VLLM_API_KEY or STRATA_API_KEY holds, and without either, anybody is answered. Other users of the machine see arguments:
+    /// prefer --api-key-file.
+    #[arg(long)]
+    pub api_key: Vec<ApiKey>,
+    /// File with one key a line, accepted besides those of --api-key; read again when it changes.
+    #[arg(long)]
+    pub api_key_file: Option<PathBuf>,
+    /// Certificate chain as PEM: serve HTTPS instead of HTTP. Read again when it or the key changes.
+    #[arg(long, requires = "ssl_keyfile")]
+    pub ssl_certfile: Option<PathBuf>,
+    /// Private key of --ssl-certfile as PEM.
+    #[arg(long, requires = "ssl_certfile")]
+    pub ssl_keyfile: Option<PathBuf>,
     /// The most tokens of a prompt and its answer together. Default: what the model was made for, cut to what the cache holds.
     #[arg(long)]
     pub max_model_len: Option<usize>,

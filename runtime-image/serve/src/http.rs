@@ -2,6 +2,7 @@
 
 mod admit;
 mod api;
+mod auth;
 mod azure;
 mod chat;
 mod completions;
@@ -17,7 +18,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, State as Extract};
-use axum::middleware::map_response_with_state;
+use axum::middleware::{from_fn_with_state, map_response_with_state};
 use axum::response::Response;
 use axum::routing::{get, post};
 use strata_model::{ChatTemplate, GenerationConfig, ModelConfig, Vocabulary};
@@ -26,6 +27,7 @@ use crate::engine::Engine;
 use crate::metrics::Metrics;
 pub(crate) use admit::Admission;
 use admit::MAX_BODY_BYTES;
+pub(crate) use auth::Keys;
 use error::ApiError;
 
 /// What the handlers share.
@@ -34,6 +36,7 @@ pub(crate) struct State {
     leaving: AtomicBool,
     closed: AtomicBool,
     admission: Admission,
+    keys: Option<Keys>,
 }
 
 /// The loaded model.
@@ -51,12 +54,13 @@ pub(crate) struct Served {
 }
 
 impl State {
-    pub(crate) fn new(admission: Admission) -> Self {
+    pub(crate) fn new(admission: Admission, keys: Option<Keys>) -> Self {
         State {
             served: OnceLock::new(),
             leaving: AtomicBool::new(false),
             closed: AtomicBool::new(false),
             admission,
+            keys,
         }
     }
 
@@ -133,11 +137,13 @@ pub(crate) fn router(state: Arc<State>) -> Router {
         .route("/tokenize", post(other::tokenize))
         .route("/detokenize", post(other::detokenize))
         .route("/health", get(other::health))
+        .route("/ping", get(other::health).post(other::health))
         .route("/ready", get(other::ready))
         .route("/metrics", get(other::metrics))
         .fallback(other::not_found)
         .method_not_allowed_fallback(other::method_not_allowed)
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
+        .layer(from_fn_with_state(state.clone(), auth::check))
         .layer(map_response_with_state(state.clone(), close_when_leaving))
         .with_state(state)
 }

@@ -10,10 +10,12 @@ pub mod engine;
 mod error;
 mod http;
 mod metrics;
+mod reload;
 pub mod schedule;
 mod server;
+mod tls;
 
-pub use args::{CacheDtype, ServeArgs};
+pub use args::{ApiKey, CacheDtype, ServeArgs};
 pub use engine::executor::Precision;
 pub use engine::{ScoreError, Scorer};
 pub use error::ServeError;

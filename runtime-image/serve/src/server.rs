@@ -11,6 +11,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use axum::Router;
+use axum::serve::{Listener, ListenerExt};
 use strata_kernels::cgroup::memory_limit_bytes;
 use strata_model::{LoadedModel, ModelConfig};
 use tokio::net::TcpListener;
@@ -21,9 +23,10 @@ use crate::args::ServeArgs;
 use crate::engine::Engine;
 use crate::engine::executor::{Executor, Precision, block_bytes};
 use crate::error::ServeError;
-use crate::http::{self, Admission, Served, State};
+use crate::http::{self, Admission, Keys, Served, State};
 use crate::metrics::Metrics;
 use crate::schedule::Limits;
+use crate::tls::{self, TlsListener};
 
 /// How long connections get to close after the last request ended.
 const CLOSE: Duration = Duration::from_secs(3);
@@ -67,19 +70,29 @@ impl Server {
         };
         let listener = TcpListener::bind(&address).await.map_err(listen)?;
         let address = listener.local_addr().map_err(listen)?;
-        tracing::info!(%address, "listening");
         let admission = Admission::new(Duration::from_secs(args.body_timeout));
-        let state = Arc::new(State::new(admission));
-        let (stop, mut stopped) = watch::channel(false);
+        let variable = |name: &str| std::env::var(name).ok();
+        let keys = Keys::new(&args.api_key, variable, args.api_key_file.clone()).await?;
+        let certificate = match (&args.ssl_certfile, &args.ssl_keyfile) {
+            (Some(certificate), Some(key)) => Some(tls::certificate(certificate.clone(), key.clone()).await?),
+            _ => None,
+        };
+        tracing::info!(%address, tls = certificate.is_some(), keys = keys.is_some(), "listening");
+        let state = Arc::new(State::new(admission, keys));
+        let (stop, stopped) = watch::channel(false);
         let router = http::router(state.clone());
-        let serving = tokio::spawn(async move {
-            axum::serve(listener, router)
-                .with_graceful_shutdown(async move {
-                    // An error means that the server itself is gone.
-                    let _ = stopped.wait_for(|stop| *stop).await;
-                })
-                .await
-        });
+        let serving = match certificate {
+            Some(certificate) => tokio::spawn(serve(
+                TlsListener::start(listener, address, certificate),
+                router,
+                stopped,
+            )),
+            None => {
+                // A token is sent as soon as it is there, not when a packet is full.
+                let listener = listener.tap_io(|stream| drop(stream.set_nodelay(true)));
+                tokio::spawn(serve(listener, router, stopped))
+            }
+        };
         let delay = Duration::from_secs(args.shutdown_delay);
         let timeout = Duration::from_secs(args.shutdown_timeout);
         let loading = tokio::task::spawn_blocking({
@@ -151,6 +164,19 @@ impl Server {
         tracing::info!("stopped");
         Ok(())
     }
+}
+
+async fn serve(
+    listener: impl Listener<Addr: std::fmt::Debug>,
+    router: Router,
+    mut stopped: watch::Receiver<bool>,
+) -> std::io::Result<()> {
+    axum::serve(listener, router)
+        .with_graceful_shutdown(async move {
+            // An error means that the server itself is gone.
+            let _ = stopped.wait_for(|stop| *stop).await;
+        })
+        .await
 }
 
 fn load(args: &ServeArgs) -> Result<(Served, oneshot::Receiver<()>), ServeError> {

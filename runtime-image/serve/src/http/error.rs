@@ -74,6 +74,18 @@ impl ApiError {
         }
     }
 
+    /// No key, or none that is known here.
+    pub(super) fn unauthorized(missing: bool) -> Self {
+        let message = match missing {
+            true => "You didn't provide an API key. Send it as `Authorization: Bearer KEY` or as `api-key: KEY`.",
+            false => "Incorrect API key provided. Ask whoever runs this server for one.",
+        };
+        ApiError {
+            code: Some("invalid_api_key"),
+            ..Self::new(StatusCode::UNAUTHORIZED, "invalid_request_error", message)
+        }
+    }
+
     /// No such path.
     pub(super) fn not_found(message: String) -> Self {
         ApiError {
@@ -135,7 +147,16 @@ impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = (self.status, Json(self.json())).into_response();
         let later = [StatusCode::TOO_MANY_REQUESTS, StatusCode::SERVICE_UNAVAILABLE].contains(&self.status);
-        let unread = [StatusCode::PAYLOAD_TOO_LARGE, StatusCode::REQUEST_TIMEOUT].contains(&self.status);
+        let unread = [
+            StatusCode::PAYLOAD_TOO_LARGE,
+            StatusCode::REQUEST_TIMEOUT,
+            StatusCode::UNAUTHORIZED,
+        ]
+        .contains(&self.status);
+        if self.status == StatusCode::UNAUTHORIZED {
+            let headers = response.headers_mut();
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
         if later {
             let headers = response.headers_mut();
             headers.insert(header::RETRY_AFTER, HeaderValue::from_static(RETRY_AFTER));

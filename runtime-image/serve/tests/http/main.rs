@@ -5,6 +5,7 @@
     reason = "in a test an unwrap is an assertion, also in its helpers"
 )]
 
+mod access;
 mod answers;
 mod life;
 mod refusals;
@@ -89,13 +90,7 @@ impl Running {
                 ..tiny_config()
             },
         );
-        let line = format!(
-            "serve --served-model-name tiny other --host 127.0.0.1 --port 0 --shutdown-delay 0 --model {} {arguments}",
-            folder.path().display()
-        );
-        let server = Server::start(Cli::parse_from(line.split_whitespace()).serve)
-            .await
-            .unwrap();
+        let server = Server::start(Self::arguments(folder.path(), arguments)).await.unwrap();
         let url = format!("http://{}", server.address());
         let (stop, stopped) = oneshot::channel::<()>();
         let task = tokio::spawn(server.run_until(async {
@@ -108,6 +103,20 @@ impl Running {
             task,
             _folder: folder,
         }
+    }
+
+    fn arguments(model: &Path, more: &str) -> ServeArgs {
+        let line = format!(
+            "serve --served-model-name tiny other --host 127.0.0.1 --port 0 --shutdown-delay 0 --model {} {more}",
+            model.display()
+        );
+        Cli::parse_from(line.split_whitespace()).serve
+    }
+
+    /// Why a server with these arguments does not start.
+    async fn refused(arguments: &str) -> ServeError {
+        let started = Server::start(Self::arguments(Path::new("."), arguments)).await;
+        started.err().expect("it does not start")
     }
 
     async fn until(&self, what: &str, condition: impl AsyncFn() -> bool) {
