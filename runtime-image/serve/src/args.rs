@@ -17,6 +17,9 @@ pub enum CacheDtype {
     /// 32-bit floats.
     #[value(alias = "float32")]
     F32,
+    /// 8-bit numbers with a scale for up to 32 of them: half the memory of half floats.
+    #[value(alias = "int8")]
+    Q8,
 }
 
 impl CacheDtype {
@@ -24,6 +27,7 @@ impl CacheDtype {
         match self {
             CacheDtype::F16 => KvDtype::F16,
             CacheDtype::F32 => KvDtype::F32,
+            CacheDtype::Q8 => KvDtype::Q8,
         }
     }
 
@@ -31,6 +35,7 @@ impl CacheDtype {
         match self {
             CacheDtype::F16 => "float16",
             CacheDtype::F32 => "float32",
+            CacheDtype::Q8 => "q8",
         }
     }
 }

@@ -321,6 +321,8 @@ mod tests {
             ),
             ("--max-model-len 257", None, 32 * 17, Err("the model has 256 positions")),
             ("--kv-cache-dtype f32 --max-num-seqs 1", None, 16, Ok(256)),
+            // 16 bytes and a scale of 2 for each of the 8 heads of a token: 144 bytes, 2304 a block.
+            ("--kv-cache-dtype q8", Some(2304 * 40), 10, Ok(160)),
         ] {
             let args = args(more);
             let limits = limits(&args, &config, memory).unwrap();

@@ -148,6 +148,7 @@ fn logits_agree_with_a_plain_forward_pass() {
         for (precision, dtype, most) in [
             (Precision::Float, KvDtype::F32, 1e-4),
             (Precision::Float, KvDtype::F16, 1e-2),
+            (Precision::Float, KvDtype::Q8, 1e-1),
         ] {
             let got = run(
                 &mut executor(&config, precision, dtype),
@@ -172,9 +173,13 @@ fn logits_agree_with_a_plain_forward_pass() {
 fn chunks_neighbours_and_the_place_of_blocks_change_no_bit() {
     let config = tiny_config();
     let (mine, other) = (tokens(30, 1, &config), tokens(25, 2, &config));
-    for precision in [Precision::Float, Precision::Stored] {
+    for (precision, dtype) in [
+        (Precision::Float, KvDtype::F16),
+        (Precision::Stored, KvDtype::F16),
+        (Precision::Stored, KvDtype::Q8),
+    ] {
         let alone = run(
-            &mut executor(&config, precision, KvDtype::F16),
+            &mut executor(&config, precision, dtype),
             &mine,
             &[],
             &(0..8).collect::<Vec<_>>(),
@@ -182,18 +187,13 @@ fn chunks_neighbours_and_the_place_of_blocks_change_no_bit() {
         let scattered: Vec<u32> = [33, 4, 60, 17, 2, 41, 9, 28].to_vec();
         for pieces in [&[1usize; 30][..], &[7, 1, 1, 13], &[16, 16]] {
             assert_eq!(
-                run(
-                    &mut executor(&config, precision, KvDtype::F16),
-                    &mine,
-                    pieces,
-                    &scattered
-                ),
+                run(&mut executor(&config, precision, dtype), &mine, pieces, &scattered),
                 alone,
                 "{pieces:?}"
             );
         }
         // Two sequences in one batch, the other one in the middle of its prompt.
-        let mut both = executor(&config, precision, KvDtype::F16);
+        let mut both = executor(&config, precision, dtype);
         let tables = vec![
             scattered.clone(),
             (10..17)

@@ -19,7 +19,7 @@ mod multiply;
 mod rows;
 mod softmax;
 
-pub use attention::{KvDtype, KvLayer, KvLayout, Sequence, attend};
+pub use attention::{KvDtype, KvLayer, KvLayout, Scoring, Sequence, attend};
 pub use format::{BLOCK, Format};
 pub use rows::{FloatRows, Q8Rows};
 pub use softmax::{log_prob, log_sum_exp};

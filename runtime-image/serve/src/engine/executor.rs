@@ -5,7 +5,7 @@ use std::sync::Arc;
 use strata_kernels::arena::Arena;
 use strata_kernels::cpu::{Isa, isa};
 use strata_kernels::infer::{
-    FloatRows, Format, Input, KvDtype, KvLayer, KvLayout, Matrix, Q8Rows, Sequence, attend, matmul,
+    FloatRows, Format, Input, KvDtype, KvLayer, KvLayout, Matrix, Q8Rows, Scoring, Sequence, attend, matmul,
 };
 use strata_kernels::ops::activation::silu_mul;
 use strata_kernels::ops::rms_norm::rms_norm;
@@ -93,6 +93,7 @@ pub struct Executor {
     final_norm: Vec<f32>,
     head: Arc<Matrix>,
     rope: RopeTable,
+    scoring: Scoring,
     cache: Vec<KvLayer>,
     block_tokens: usize,
     scratch: Scratch,
@@ -156,6 +157,7 @@ impl Executor {
             final_norm: weights.f32(FINAL_NORM)?,
             head,
             rope: RopeTable::new(positions, config.head_dim, f64::from(config.rope_theta)),
+            scoring: Scoring::plain(config.head_dim),
             cache: (0..config.layers).map(|_| KvLayer::new(layout, blocks)).collect(),
             block_tokens,
             config: config.clone(),
@@ -199,6 +201,7 @@ impl Executor {
             final_norm,
             head,
             rope: table,
+            scoring,
             cache,
             block_tokens,
             scratch: s,
@@ -215,6 +218,17 @@ impl Executor {
             .map(|row| Sequence {
                 table: &batch.tables[row.table],
                 len: row.position as usize + 1,
+            })
+            .collect();
+        let slots: Vec<(u32, usize)> = batch
+            .rows
+            .iter()
+            .map(|row| {
+                let position = row.position as usize;
+                (
+                    batch.tables[row.table][position / *block_tokens],
+                    position % *block_tokens,
+                )
             })
             .collect();
         for (buffer, size) in [
@@ -259,13 +273,8 @@ impl Executor {
             matmul(pool, *isa, input, &mut products);
             rope(&mut s.queries, &positions, table, Turn::Forward);
             rope(&mut s.keys, &positions, table, Turn::Forward);
-            for (i, row) in batch.rows.iter().enumerate() {
-                let position = row.position as usize;
-                let at = i * kv_width..(i + 1) * kv_width;
-                let block = batch.tables[row.table][position / *block_tokens];
-                cache.write(block, position % *block_tokens, &s.keys[at.clone()], &s.values[at]);
-            }
-            attend(pool, *isa, cache, &s.queries, &sequences, &mut s.mixed);
+            cache.write(pool, &slots, &s.keys, &s.values);
+            attend(pool, *isa, cache, scoring, &s.queries, &sequences, &mut s.mixed);
             let input = s.rows.input(pool, *isa, &mut s.mixed, width, &[&layer.output]);
             matmul(pool, *isa, input, &mut [(&layer.output, s.projected.as_mut_slice())]);
             add(&mut s.hidden, &s.projected);
