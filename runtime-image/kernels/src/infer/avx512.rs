@@ -24,6 +24,20 @@ macro_rules! kinds {
 }
 kinds!(Q8_0 Q4_0 Q4_1 Q4K Q6K F32 F16 BF16);
 
+/// Repeats a block for each `$r` below `$count`, at most 16. A loop over an array of registers stays a loop when its body is
+/// large, and then the registers live in memory.
+macro_rules! unroll {
+    ($r:ident < $count:ident, $body:block) => {
+        unroll!(@ $r, $count, $body, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15)
+    };
+    (@ $r:ident, $count:ident, $body:block, $($index:literal)*) => {$(
+        if $index < $count {
+            let $r = $index;
+            $body
+        }
+    )*};
+}
+
 /// A block of a panel in registers.
 struct Block {
     quants: [__m512i; 8],
@@ -88,7 +102,7 @@ unsafe fn blocks<K: Kind, const R: usize>(panel: &[u8], columns: usize, x: &[i8]
         // SAFETY: block `b` lies in the panel and in the tile.
         unsafe {
             let block = load::<K>(scales, quants, b);
-            for r in 0..R {
+            unroll!(r < R, {
                 let fact = |fact: usize| facts.add(fact * R + r);
                 let dot = |mut sum: __m512i, from: usize| {
                     for j in from..from + 4 {
@@ -116,7 +130,7 @@ unsafe fn blocks<K: Kind, const R: usize>(panel: &[u8], columns: usize, x: &[i8]
                     let scaled_sum = _mm512_set1_ps(fact(SCALED_SUM).cast::<f32>().read());
                     sums[r] = _mm512_fmadd_ps(block.minimum, scaled_sum, sums[r]);
                 }
-            }
+            });
             x = x.add(R * BLOCK);
             facts = facts.add(R * FACTS);
         }
@@ -262,9 +276,9 @@ unsafe fn columns<K: Kind, const R: usize>(panel: &[u8], x: &[f32], out: &mut Su
                 }
             }
         };
-        for r in 0..R {
+        unroll!(r < R, {
             sums[r] = _mm512_fmadd_ps(w, _mm512_set1_ps(x[r]), sums[r]);
-        }
+        });
     }
     for r in 0..R {
         // SAFETY: 16 floats are written to an array of 16.
