@@ -171,13 +171,23 @@ pub struct TokenText {
     ids: Vec<u32>,
     /// How many of `ids` have been given out.
     shown: usize,
+    /// Whether special tokens give text.
+    special: bool,
 }
 
 /// A character has at most 4 bytes, so a longer run of tokens that does not end on one is not text.
 const MAX_PENDING: usize = 8;
 
 impl TokenText {
-    /// Takes the next token; returns the text that is now complete, possibly empty. Special tokens give no text.
+    /// No text yet; special tokens give theirs only with `special`.
+    pub fn new(special: bool) -> Self {
+        TokenText {
+            special,
+            ..TokenText::default()
+        }
+    }
+
+    /// Takes the next token; returns the text that is now complete, possibly empty.
     pub fn push(&mut self, vocabulary: &Vocabulary, id: u32) -> Result<String> {
         self.ids.push(id);
         let text = self.new_text(vocabulary)?;
@@ -197,8 +207,8 @@ impl TokenText {
     }
 
     fn new_text(&self, vocabulary: &Vocabulary) -> Result<String> {
-        let before = vocabulary.decode(&self.ids[..self.shown], true)?;
-        let all = vocabulary.decode(&self.ids, true)?;
+        let before = vocabulary.decode(&self.ids[..self.shown], !self.special)?;
+        let all = vocabulary.decode(&self.ids, !self.special)?;
         Ok(all.get(before.len()..).unwrap_or_default().to_owned())
     }
 }

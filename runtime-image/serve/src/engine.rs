@@ -3,6 +3,7 @@
 //! A request's events go through a channel of its own with room for its whole answer, so a slow reader holds up nobody; a
 //! reader that goes away closes the channel, which is how a request is cancelled.
 
+mod constraint;
 pub mod executor;
 mod sample;
 mod score;
@@ -16,6 +17,9 @@ use std::time::Instant;
 use strata_model::Vocabulary;
 use tokio::sync::{mpsc, oneshot};
 
+use constraint::Mask;
+pub use constraint::{Constraint, Form, FormError, Forms};
+use sample::History;
 pub use sample::{Sampling, TokenProb};
 pub use score::{ScoreError, Scorer};
 
@@ -37,6 +41,14 @@ pub struct Submission {
     pub stop: Vec<String>,
     /// Tokens that end the answer; not part of its text.
     pub stop_tokens: Vec<u32>,
+    /// What ends the answer is part of its text after all.
+    pub show_stop: bool,
+    /// Special tokens are part of the text.
+    pub show_special: bool,
+    /// Before that many tokens, nothing ends the answer but its form.
+    pub min_tokens: usize,
+    /// What keeps the answer in its form, if it has one.
+    pub constraint: Option<Constraint>,
     /// Report each token's log-probability and that many alternatives.
     pub log_probs: Option<usize>,
 }
@@ -206,8 +218,7 @@ struct Active {
     submission: Submission,
     events: mpsc::Sender<Event>,
     answer: Answer,
-    generated: HashMap<u32, u32>,
-    count: usize,
+    history: History,
     arrived: Instant,
     last_token: Option<Instant>,
 }
@@ -268,15 +279,15 @@ impl Runner {
         self.next_id += 1;
         let most = submission.prompt.len() + submission.max_tokens;
         let refused = self.scheduler.add(id, submission.prompt.clone(), most).err();
-        let answer = Answer::new(submission.stop.clone());
+        let answer = Answer::new(submission.stop.clone(), submission.show_stop, submission.show_special);
+        let history = History::new(&submission.prompt, &submission.sampling);
         self.active.insert(
             id,
             Active {
                 submission,
                 events,
                 answer,
-                generated: HashMap::new(),
-                count: 0,
+                history,
                 arrived,
                 last_token: None,
             },
@@ -312,18 +323,25 @@ impl Runner {
             }
         }
         let mut sampled = Vec::with_capacity(owners.len());
-        let active = &self.active;
+        let mut failed = Vec::new();
+        let active = &mut self.active;
         self.executor.forward(&batch, |row, logits| {
             let id = owners[&row];
-            let request = &active[&id];
-            let token = sample::sample(
-                logits,
-                &request.submission.sampling,
-                request.count as u64,
-                &request.generated,
-            );
-            let log_probs = request
-                .submission
+            let request = active.get_mut(&id).expect("what is computed is active");
+            let (submission, history) = (&mut request.submission, &request.history);
+            let early = history.count() < submission.min_tokens;
+            let mut banned: &[u32] = if early { &submission.stop_tokens } else { &[] };
+            let mask = match submission.constraint.as_mut().map(Constraint::mask).transpose() {
+                Ok(mask) => mask.map(|mask| mask.without(std::mem::take(&mut banned))),
+                Err(error) => {
+                    tracing::warn!(%error, "the next token of a form could not be found");
+                    return failed.push(id);
+                }
+            };
+            let allowed = mask.as_ref().map(Mask::bits);
+            let adjusted = sample::adjusted(logits, &submission.sampling, history, allowed, banned);
+            let token = sample::sample(&adjusted, &submission.sampling, history.count() as u64);
+            let log_probs = submission
                 .log_probs
                 .map(|count| sample::log_probs(logits, token, count));
             sampled.push(Sampled { id, token, log_probs });
@@ -335,14 +353,16 @@ impl Runner {
         for sampled in sampled {
             self.advance(sampled);
         }
+        for id in failed {
+            self.finish(id, FinishReason::Abort);
+        }
     }
 
     fn advance(&mut self, sampled: Sampled) {
         let Sampled { id, token, log_probs } = sampled;
         let request = self.active.get_mut(&id).expect("only active requests are sampled");
         self.scheduler.append(id, token);
-        request.count += 1;
-        *request.generated.entry(token).or_default() += 1;
+        request.history.push(token);
         let now = Instant::now();
         match request.last_token.replace(now) {
             None => self
@@ -350,17 +370,34 @@ impl Runner {
                 .first_token(request.submission.prompt.len(), now - request.arrived),
             Some(before) => self.metrics.next_token(now - before),
         }
-        if request.submission.stop_tokens.contains(&token) {
+        let submission = &mut request.submission;
+        let complete = match submission
+            .constraint
+            .as_mut()
+            .map(|constraint| constraint.accept(token))
+        {
+            None => false,
+            Some(Ok(complete)) => complete,
+            Some(Err(error)) => {
+                tracing::warn!(%error, "a token of a form could not be taken");
+                return self.finish(id, FinishReason::Abort);
+            }
+        };
+        let ends = submission.stop_tokens.contains(&token);
+        if ends && !submission.show_stop {
             return self.finish(id, FinishReason::Stop);
         }
-        let piece = match request.answer.push(&self.vocabulary, token) {
+        let count = request.history.count();
+        let may_stop = count > submission.min_tokens;
+        let piece = match request.answer.push(&self.vocabulary, token, may_stop) {
             Ok(piece) => piece,
             Err(error) => {
                 tracing::error!(%error, "a generated token could not be turned into text");
                 return self.finish(id, FinishReason::Abort);
             }
         };
-        let full = request.count >= request.submission.max_tokens;
+        let full = count >= submission.max_tokens;
+        let stopped = ends || complete || piece.stopped;
         // The channel has room for every token; it is closed if the reader has gone.
         if request
             .events
@@ -372,15 +409,13 @@ impl Runner {
         {
             return self.forget(id);
         }
-        if piece.stopped || full {
-            self.finish(
-                id,
-                if piece.stopped {
-                    FinishReason::Stop
-                } else {
-                    FinishReason::Length
-                },
-            );
+        if stopped || full {
+            let reason = if stopped {
+                FinishReason::Stop
+            } else {
+                FinishReason::Length
+            };
+            self.finish(id, reason);
         }
     }
 
@@ -394,7 +429,7 @@ impl Runner {
             .map_or_else(|_| String::new(), |piece| piece.text);
         let usage = Usage {
             prompt_tokens: request.submission.prompt.len(),
-            completion_tokens: request.count,
+            completion_tokens: request.history.count(),
             cached_tokens: self.scheduler.cached(id),
         };
         self.metrics.finished(reason, &usage, request.arrived.elapsed());

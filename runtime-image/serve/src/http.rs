@@ -7,6 +7,7 @@ mod azure;
 mod chat;
 mod completions;
 mod error;
+mod form;
 mod other;
 mod prepare;
 mod respond;
@@ -23,7 +24,7 @@ use axum::response::Response;
 use axum::routing::{get, post};
 use strata_model::{ChatTemplate, GenerationConfig, ModelConfig, Vocabulary};
 
-use crate::engine::Engine;
+use crate::engine::{Engine, Forms};
 use crate::metrics::Metrics;
 pub(crate) use admit::Admission;
 use admit::MAX_BODY_BYTES;
@@ -48,6 +49,7 @@ pub(crate) struct Served {
     pub(crate) chat_template: Option<ChatTemplate>,
     pub(crate) generation: GenerationConfig,
     pub(crate) engine: Engine,
+    pub(crate) forms: Forms,
     pub(crate) metrics: Arc<Metrics>,
     /// When it was loaded, in Unix seconds.
     pub(crate) created: u64,

@@ -20,8 +20,8 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{oneshot, watch};
 
 use crate::args::ServeArgs;
-use crate::engine::Engine;
 use crate::engine::executor::{Executor, Precision, block_bytes};
+use crate::engine::{Engine, Forms};
 use crate::error::ServeError;
 use crate::http::{self, Admission, Keys, Served, State};
 use crate::metrics::Metrics;
@@ -216,6 +216,8 @@ fn load(args: &ServeArgs) -> Result<(Served, oneshot::Receiver<()>), ServeError>
                 source,
             }
         })?;
+    let eos = model.generation.eos.clone();
+    let forms = Forms::new(model.vocabulary.clone(), model.config.vocab_size, eos);
     let served = Served {
         names,
         max_model_len,
@@ -224,6 +226,7 @@ fn load(args: &ServeArgs) -> Result<(Served, oneshot::Receiver<()>), ServeError>
         chat_template: model.chat_template,
         generation: model.generation,
         engine,
+        forms,
         metrics,
         created: http::unix_seconds(),
     };

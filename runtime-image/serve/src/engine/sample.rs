@@ -1,6 +1,7 @@
 //! From logits to the next token. Reproducible: what is drawn depends on the logits, the seed and the token's index alone.
 
-use std::collections::HashMap;
+use std::borrow::Cow;
+use std::collections::{HashMap, HashSet};
 
 use strata_kernels::infer::log_sum_exp;
 
@@ -13,12 +14,19 @@ pub struct Sampling {
     pub top_p: f32,
     /// Sample among this many most likely tokens; 0 is all.
     pub top_k: usize,
+    /// Leave out tokens that are less likely than this share of the most likely one; 0 is none. Applied before the other two.
+    pub min_p: f32,
     /// Seed of the draws.
     pub seed: u64,
     /// Subtracted from the logit of a token for each time it was generated.
     pub frequency_penalty: f32,
     /// Subtracted from the logit of a token that was generated before.
     pub presence_penalty: f32,
+    /// A token that stands in the prompt or the answer has its logit divided by this, or multiplied if it is negative; 1 is
+    /// none.
+    pub repetition_penalty: f32,
+    /// Added to the logits of single tokens.
+    pub bias: Vec<(u32, f32)>,
 }
 
 impl Sampling {
@@ -29,9 +37,45 @@ impl Sampling {
             top_p: 1.0,
             top_k: 0,
             seed: 0,
+            min_p: 0.0,
             frequency_penalty: 0.0,
             presence_penalty: 0.0,
+            repetition_penalty: 1.0,
+            bias: Vec::new(),
         }
+    }
+}
+
+/// What a request's tokens so far have to do with the next one.
+#[derive(Clone, Debug, Default)]
+pub struct History {
+    /// Tokens of the prompt; empty where nobody asks for them.
+    prompt: HashSet<u32>,
+    /// How often each token was generated.
+    generated: HashMap<u32, u32>,
+    /// Tokens generated.
+    count: usize,
+}
+
+impl History {
+    /// Before the first token.
+    pub fn new(prompt: &[u32], sampling: &Sampling) -> Self {
+        let asked = sampling.repetition_penalty != 1.0;
+        History {
+            prompt: prompt.iter().copied().filter(|_| asked).collect(),
+            ..History::default()
+        }
+    }
+
+    /// Takes a token that was generated.
+    pub fn push(&mut self, token: u32) {
+        *self.generated.entry(token).or_default() += 1;
+        self.count += 1;
+    }
+
+    /// Tokens generated.
+    pub fn count(&self) -> usize {
+        self.count
     }
 }
 
@@ -44,25 +88,72 @@ pub struct TokenProb {
     pub log_prob: f32,
 }
 
-/// The next token, the `index`th of the answer; `generated` counts the tokens of the answer so far.
-pub fn sample(logits: &[f32], sampling: &Sampling, index: u64, generated: &HashMap<u32, u32>) -> u32 {
-    let penalized;
-    let logits = if sampling.frequency_penalty == 0.0 && sampling.presence_penalty == 0.0 {
-        logits
-    } else {
-        let mut changed = logits.to_vec();
-        for (token, count) in generated {
-            changed[*token as usize] -= sampling.presence_penalty + sampling.frequency_penalty * *count as f32;
+/// The logits with what the request adds to them. Only tokens whose bit is set in `allowed`, if given, and that are not
+/// `banned` remain possible; there must be one.
+pub fn adjusted<'a>(
+    logits: &'a [f32],
+    sampling: &Sampling,
+    history: &History,
+    allowed: Option<&[u32]>,
+    banned: &[u32],
+) -> Cow<'a, [f32]> {
+    let penalized = sampling.frequency_penalty != 0.0 || sampling.presence_penalty != 0.0;
+    let repetition = sampling.repetition_penalty != 1.0;
+    if !penalized && !repetition && sampling.bias.is_empty() && allowed.is_none() && banned.is_empty() {
+        return Cow::Borrowed(logits);
+    }
+    let mut out = logits.to_vec();
+    for (token, bias) in &sampling.bias {
+        out[*token as usize] += bias;
+    }
+    if repetition {
+        let seen = history.generated.keys().filter(|token| !history.prompt.contains(token));
+        for token in history.prompt.iter().chain(seen) {
+            let logit = &mut out[*token as usize];
+            *logit = if *logit > 0.0 {
+                *logit / sampling.repetition_penalty
+            } else {
+                *logit * sampling.repetition_penalty
+            };
         }
-        penalized = changed;
-        &penalized
-    };
+    }
+    if penalized {
+        for (token, count) in &history.generated {
+            out[*token as usize] -= sampling.presence_penalty + sampling.frequency_penalty * *count as f32;
+        }
+    }
+    if let Some(allowed) = allowed {
+        for (at, logits) in out.chunks_mut(32).enumerate() {
+            let bits = allowed.get(at).copied().unwrap_or(0);
+            for (bit, logit) in logits.iter_mut().enumerate() {
+                if bits >> bit & 1 == 0 {
+                    *logit = f32::NEG_INFINITY;
+                }
+            }
+        }
+    }
+    for token in banned {
+        out[*token as usize] = f32::NEG_INFINITY;
+    }
+    Cow::Owned(out)
+}
+
+/// The next token, the `index`th of the answer, from [`adjusted`] logits.
+pub fn sample(logits: &[f32], sampling: &Sampling, index: u64) -> u32 {
     if sampling.temperature <= 0.0 {
         return argmax(logits);
     }
     let draw = uniform(sampling.seed, index);
     let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let weight = |logit: f32| f64::from((logit - largest) / sampling.temperature).exp();
+    // A token of weight 0 is never drawn.
+    let weight = |logit: f32| {
+        let weight = f64::from((logit - largest) / sampling.temperature).exp();
+        if weight >= f64::from(sampling.min_p) {
+            weight
+        } else {
+            0.0
+        }
+    };
     if sampling.top_p >= 1.0 && sampling.top_k == 0 {
         return draw_from(
             logits
@@ -72,7 +163,7 @@ pub fn sample(logits: &[f32], sampling: &Sampling, index: u64, generated: &HashM
             draw,
         );
     }
-    let total: f64 = logits.iter().map(|logit| weight(*logit)).sum();
+    let total: f64 = logits.iter().map(|logit| weight(*logit)).sum(); // after min-p
     // Tokens below this share of the probability, all together, have less than the nucleus may leave out: no need to sort them.
     let least = if sampling.top_p < 1.0 {
         total * f64::from(1.0 - sampling.top_p) / logits.len() as f64
@@ -142,7 +233,9 @@ fn draw_from(candidates: impl Iterator<Item = (u32, f64)> + Clone, draw: f64) ->
     let (mut sum, mut last) = (0.0, 0);
     for (token, weight) in candidates {
         sum += weight;
-        last = token;
+        if weight > 0.0 {
+            last = token;
+        }
         if sum > draw * total {
             break;
         }
@@ -167,7 +260,7 @@ mod tests {
     fn shares(sampling: &Sampling) -> Vec<f64> {
         let mut counts = [0u32; 5];
         for index in 0..20_000 {
-            counts[sample(&LOGITS, sampling, index, &HashMap::new()) as usize] += 1;
+            counts[sample(&LOGITS, sampling, index) as usize] += 1;
         }
         counts.iter().map(|count| f64::from(*count) / 20_000.0).collect()
     }
@@ -210,6 +303,24 @@ mod tests {
             ),
             (
                 Sampling {
+                    min_p: 0.1,
+                    ..plain.clone()
+                },
+                &[0, 1, 2, 4],
+                1.0,
+            ),
+            // Of what min-p leaves (0.422, 0.422, 0.155), two are 0.84.
+            (
+                Sampling {
+                    min_p: 0.3,
+                    top_p: 0.84,
+                    ..plain.clone()
+                },
+                &[1, 4],
+                1.0,
+            ),
+            (
+                Sampling {
                     top_p: 0.7,
                     ..plain.clone()
                 },
@@ -248,21 +359,60 @@ mod tests {
     }
 
     #[test]
-    fn greedy_takes_the_first_best_and_penalties_move_it() {
-        let mut generated = HashMap::new();
-        assert_eq!(sample(&LOGITS, &Sampling::greedy(), 0, &generated), 1);
-        generated.insert(1, 2);
-        let penalized = Sampling {
-            frequency_penalty: 0.1,
+    fn greedy_takes_the_first_best_and_penalties_and_bias_move_it() {
+        let best = |sampling: Sampling, prompt: &[u32], generated: &[u32], allowed: Option<&[u32]>, banned: &[u32]| {
+            let mut history = History::new(prompt, &sampling);
+            generated.iter().for_each(|token| history.push(*token));
+            sample(&adjusted(&LOGITS, &sampling, &history, allowed, banned), &sampling, 0)
+        };
+        let plain = Sampling::greedy;
+        let frequency = |frequency_penalty| Sampling {
+            frequency_penalty,
+            ..plain()
+        };
+        let presence = |presence_penalty| Sampling {
+            presence_penalty,
+            ..plain()
+        };
+        let repetition = |repetition_penalty| Sampling {
+            repetition_penalty,
+            ..plain()
+        };
+        let bias = |bias: &[(u32, f32)]| Sampling {
+            bias: bias.to_vec(),
+            ..plain()
+        };
+        for (sampling, prompt, generated, allowed, banned, expected) in [
+            (plain(), &[][..], &[][..], None, &[][..], 1),
+            (frequency(0.1), &[], &[1, 1], None, &[], 4),
+            (presence(1.5), &[], &[1, 1, 4], None, &[], 2),
+            (presence(1.5), &[1, 4], &[], None, &[], 1),
+            (repetition(1.5), &[1], &[], None, &[], 4),
+            (repetition(2.5), &[1], &[4, 4], None, &[], 2),
+            // A negative logit gets smaller, and above 1 nothing that was not seen is touched.
+            (repetition(0.1), &[3], &[0], None, &[], 1),
+            (bias(&[(3, 100.0), (1, -100.0)]), &[], &[], None, &[], 3),
+            (bias(&[(3, 100.0)]), &[], &[], Some(&[0b00101][..]), &[], 2),
+            (plain(), &[], &[], None, &[1, 4], 2),
+        ] {
+            let got = best(sampling.clone(), prompt, generated, allowed, banned);
+            assert_eq!(
+                got, expected,
+                "{sampling:?} {prompt:?} {generated:?} {allowed:?} {banned:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_is_not_allowed_is_never_drawn() {
+        let sampling = Sampling {
+            temperature: 2.0,
+            seed: 3,
             ..Sampling::greedy()
         };
-        assert_eq!(sample(&LOGITS, &penalized, 0, &generated), 4);
-        generated.insert(4, 9);
-        let penalized = Sampling {
-            presence_penalty: 1.5,
-            ..Sampling::greedy()
-        };
-        assert_eq!(sample(&LOGITS, &penalized, 0, &generated), 2);
+        let logits = adjusted(&LOGITS, &sampling, &History::default(), Some(&[0b01001]), &[]);
+        let drawn: HashSet<u32> = (0..2000).map(|index| sample(&logits, &sampling, index)).collect();
+        assert_eq!(drawn, HashSet::from([0, 3]));
     }
 
     #[test]

@@ -7,6 +7,8 @@ use strata_model::{ModelError, TokenText, Vocabulary};
 pub struct Answer {
     text: TokenText,
     stop: Vec<String>,
+    /// Whether the stop string itself is shown.
+    show_stop: bool,
     /// Text that may be the beginning of a stop string.
     held: String,
 }
@@ -21,18 +23,26 @@ pub struct Piece {
 }
 
 impl Answer {
-    /// An empty answer that ends at any of `stop` (none of them empty).
-    pub fn new(stop: Vec<String>) -> Self {
+    /// An empty answer that ends at any of `stop` (none of them empty), which are part of it only with `show_stop`. The text
+    /// of special tokens is only part of it with `show_special`.
+    pub fn new(stop: Vec<String>, show_stop: bool, show_special: bool) -> Self {
         Answer {
-            text: TokenText::default(),
+            text: TokenText::new(show_special),
             stop,
+            show_stop,
             held: String::new(),
         }
     }
 
-    /// Takes the next token.
-    pub fn push(&mut self, vocabulary: &Vocabulary, token: u32) -> Result<Piece, ModelError> {
+    /// Takes the next token. Without `may_stop`, a stop string that it completes is text like any other.
+    pub fn push(&mut self, vocabulary: &Vocabulary, token: u32, may_stop: bool) -> Result<Piece, ModelError> {
         let new = self.text.push(vocabulary, token)?;
+        if !may_stop {
+            return Ok(Piece {
+                text: new,
+                stopped: false,
+            });
+        }
         Ok(self.take(&new, false))
     }
 
@@ -44,8 +54,12 @@ impl Answer {
 
     fn take(&mut self, new: &str, last: bool) -> Piece {
         self.held.push_str(new);
-        if let Some(at) = self.stop.iter().filter_map(|stop| self.held.find(stop.as_str())).min() {
-            self.held.truncate(at);
+        let found = self
+            .stop
+            .iter()
+            .filter_map(|stop| Some((self.held.find(stop.as_str())?, stop.len())));
+        if let Some((at, length)) = found.min() {
+            self.held.truncate(if self.show_stop { at + length } else { at });
             return Piece {
                 text: std::mem::take(&mut self.held),
                 stopped: true,
@@ -93,10 +107,11 @@ mod tests {
             ("x日本語y", vec!["本", "語"], "x日", true),
             ("abc", vec![], "abc", false),
         ] {
-            let mut answer = Answer::new(stop.iter().map(|stop| (*stop).to_owned()).collect());
+            let stop: Vec<String> = stop.into_iter().map(str::to_owned).collect();
+            let mut answer = Answer::new(stop.clone(), false, false);
             let (mut seen, mut ended) = (String::new(), false);
             for token in vocabulary.encode(text, false).unwrap() {
-                let piece = answer.push(&vocabulary, token).unwrap();
+                let piece = answer.push(&vocabulary, token, true).unwrap();
                 assert!(text.starts_with(&(seen.clone() + &piece.text)), "{text:?} {stop:?}");
                 seen += &piece.text;
                 if piece.stopped {

@@ -1,7 +1,11 @@
 //! Request bodies: the fields that this server acts on. What it makes of all others: [`super::unsupported`].
 
+use std::collections::BTreeMap;
+
 use serde::Deserialize;
 use serde_json::{Map, Value};
+
+use super::form::FormFields;
 
 /// Fields that chat and plain completions share.
 #[derive(Debug, Default, Deserialize)]
@@ -19,6 +23,15 @@ pub(super) struct Options {
     pub(super) presence_penalty: Option<f64>,
     pub(super) frequency_penalty: Option<f64>,
     pub(super) ignore_eos: Option<bool>,
+    pub(super) min_p: Option<f64>,
+    pub(super) repetition_penalty: Option<f64>,
+    pub(super) logit_bias: Option<BTreeMap<String, f64>>,
+    pub(super) stop_token_ids: Option<Vec<u32>>,
+    pub(super) min_tokens: Option<u64>,
+    pub(super) include_stop_str_in_output: Option<bool>,
+    pub(super) skip_special_tokens: Option<bool>,
+    #[serde(flatten)]
+    pub(super) form: FormFields,
 }
 
 /// How a stream is sent.

@@ -8,6 +8,7 @@ use axum::response::Response;
 use super::admit::Admitted;
 use super::api::ChatRequest;
 use super::error::ApiError;
+use super::form;
 use super::prepare::{Prepared, chat_tokens, model, prepare};
 use super::respond::{Shape, answer};
 use super::{Served, State, unsupported};
@@ -16,7 +17,7 @@ pub(super) async fn create(Extract(state): Extract<Arc<State>>, request: Admitte
     answer(state, request, Shape::Chat, prepared).await
 }
 
-fn prepared(served: &Served, request: ChatRequest) -> Result<Prepared, ApiError> {
+fn prepared(served: &Served, mut request: ChatRequest) -> Result<Prepared, ApiError> {
     model(served, request.options.model.as_deref())?;
     unsupported::check(&request.rest)?;
     let log_probs = match (request.logprobs == Some(true), request.top_logprobs) {
@@ -24,6 +25,7 @@ fn prepared(served: &Served, request: ChatRequest) -> Result<Prepared, ApiError>
         (false, None | Some(0)) => None,
         (false, Some(_)) => return Err(ApiError::invalid("top_logprobs", "top_logprobs needs logprobs: true")),
     };
+    let asked = std::mem::take(&mut request.options.form).asked()?;
     let tokens = chat_tokens(
         served,
         request.messages,
@@ -31,7 +33,7 @@ fn prepared(served: &Served, request: ChatRequest) -> Result<Prepared, ApiError>
         &request.chat_template_kwargs.unwrap_or_default(),
     )?;
     let max_tokens = request.max_completion_tokens.or(request.options.max_tokens);
-    prepare(
+    let mut prepared = prepare(
         served,
         request.options,
         tokens,
@@ -39,5 +41,7 @@ fn prepared(served: &Served, request: ChatRequest) -> Result<Prepared, ApiError>
         max_tokens,
         usize::MAX,
         log_probs,
-    )
+    )?;
+    prepared.submission.constraint = asked.map(|asked| form::compile(served, asked)).transpose()?;
+    Ok(prepared)
 }

@@ -8,6 +8,7 @@ use axum::response::Response;
 use super::admit::Admitted;
 use super::api::{CompletionRequest, Prompt};
 use super::error::ApiError;
+use super::form;
 use super::prepare::{Prepared, model, prepare};
 use super::respond::{Shape, answer};
 use super::{Served, State, unsupported};
@@ -19,7 +20,7 @@ pub(super) async fn create(Extract(state): Extract<Arc<State>>, request: Admitte
     answer(state, request, Shape::Completion, prepared).await
 }
 
-fn prepared(served: &Served, request: CompletionRequest) -> Result<Prepared, ApiError> {
+fn prepared(served: &Served, mut request: CompletionRequest) -> Result<Prepared, ApiError> {
     model(served, request.options.model.as_deref())?;
     unsupported::check(&request.rest)?;
     let one = |count: usize| match count {
@@ -48,7 +49,8 @@ fn prepared(served: &Served, request: CompletionRequest) -> Result<Prepared, Api
         }
     };
     let max_tokens = request.options.max_tokens;
-    prepare(
+    let asked = std::mem::take(&mut request.options.form).asked()?;
+    let mut prepared = prepare(
         served,
         request.options,
         tokens,
@@ -56,5 +58,7 @@ fn prepared(served: &Served, request: CompletionRequest) -> Result<Prepared, Api
         max_tokens,
         DEFAULT_MAX_TOKENS,
         request.logprobs,
-    )
+    )?;
+    prepared.submission.constraint = asked.map(|asked| form::compile(served, asked)).transpose()?;
+    Ok(prepared)
 }

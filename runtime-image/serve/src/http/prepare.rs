@@ -1,5 +1,6 @@
 //! From a request's fields to what the engine takes, every field checked.
 
+use std::collections::BTreeMap;
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 
@@ -15,6 +16,9 @@ const MAX_STOPS: usize = 16;
 const MAX_STOP_BYTES: usize = 1024;
 /// The most alternatives with log-probabilities.
 const MAX_TOP_LOGPROBS: i64 = 20;
+/// The most tokens whose logits are biased, and that end an answer besides the model's own.
+const MAX_BIASES: usize = 4096;
+const MAX_STOP_TOKENS: usize = 256;
 /// Roles that a chat template may write unquoted.
 const ROLES: [&str; 6] = ["system", "developer", "user", "assistant", "tool", "function"];
 
@@ -85,6 +89,7 @@ pub(super) fn prepare(
         }
     };
     let defaults = &served.generation;
+    let vocabulary = served.config.vocab_size;
     let range =
         |name: &'static str, value: Option<f64>, default: f64, from: f64, to: f64| match value.unwrap_or(default) {
             value if value >= from && value <= to => Ok(value as f32),
@@ -121,24 +126,63 @@ pub(super) fn prepare(
         seed: options.seed.map_or_else(random, |seed| seed as u64),
         frequency_penalty: range("frequency_penalty", options.frequency_penalty, 0.0, -2.0, 2.0)?,
         presence_penalty: range("presence_penalty", options.presence_penalty, 0.0, -2.0, 2.0)?,
+        min_p: range("min_p", options.min_p, 0.0, 0.0, 1.0)?,
+        repetition_penalty: range("repetition_penalty", options.repetition_penalty, 1.0, 0.01, 100.0)?,
+        bias: bias(options.logit_bias, vocabulary)?,
     };
-    let stop_tokens = if options.ignore_eos == Some(true) {
-        Vec::new()
-    } else {
-        served.generation.eos.clone()
-    };
+    let mut stop_tokens = options.stop_token_ids.unwrap_or_default();
+    if stop_tokens.len() > MAX_STOP_TOKENS || stop_tokens.iter().any(|id| *id as usize >= vocabulary) {
+        let message = format!("stop_token_ids takes up to {MAX_STOP_TOKENS} token ids below {vocabulary}");
+        return Err(ApiError::invalid("stop_token_ids", message));
+    }
+    if options.ignore_eos != Some(true) {
+        stop_tokens.extend(&served.generation.eos);
+    }
+    let max_tokens = max_tokens.unwrap_or(default_max).min(most - length);
+    let min_tokens = options.min_tokens.unwrap_or(0);
+    let min_tokens = usize::try_from(min_tokens)
+        .ok()
+        .filter(|min| *min <= max_tokens)
+        .ok_or_else(|| {
+            let message = format!("min_tokens is {min_tokens}; at most {max_tokens} tokens can be generated");
+            ApiError::invalid("min_tokens", message)
+        })?;
     Ok(Prepared {
         submission: Submission {
-            max_tokens: max_tokens.unwrap_or(default_max).min(most - length),
+            max_tokens,
+            min_tokens,
             prompt,
             sampling,
             stop: stops(options.stop)?,
             stop_tokens,
+            show_stop: options.include_stop_str_in_output == Some(true),
+            show_special: options.skip_special_tokens == Some(false),
             log_probs,
+            constraint: None,
         },
         stream: options.stream == Some(true),
         include_usage: options.stream_options.and_then(|options| options.include_usage) == Some(true),
     })
+}
+
+/// OpenAI's map from token ids, as texts, to what is added to their logits.
+fn bias(map: Option<BTreeMap<String, f64>>, vocabulary: usize) -> Result<Vec<(u32, f32)>, ApiError> {
+    let map = map.unwrap_or_default();
+    let wrong = |message: String| ApiError::invalid("logit_bias", message);
+    if map.len() > MAX_BIASES {
+        return Err(wrong(format!(
+            "{} tokens are biased; {MAX_BIASES} are the most",
+            map.len()
+        )));
+    }
+    map.into_iter()
+        .map(|(id, bias)| match id.parse::<u32>() {
+            Ok(token) if (token as usize) < vocabulary && (-100.0..=100.0).contains(&bias) => Ok((token, bias as f32)),
+            _ => Err(wrong(format!(
+                "{id:?}: {bias} is wrong: a token id below {vocabulary} and a number between -100 and 100 are needed"
+            ))),
+        })
+        .collect()
 }
 
 fn stops(stop: Option<OneOrMany>) -> Result<Vec<String>, ApiError> {

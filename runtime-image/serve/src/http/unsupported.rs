@@ -17,11 +17,9 @@ enum Neutral {
     Empty,
     Number(f64),
     Word(&'static [&'static str]),
-    /// `{"type": "text"}`
-    TextType,
 }
 
-use Neutral::{Empty, False, Number, TextType, True, Word};
+use Neutral::{Empty, False, Number, True, Word};
 
 const UNSUPPORTED: &[(&str, Neutral)] = &[
     // How many answers, and of what.
@@ -34,30 +32,16 @@ const UNSUPPORTED: &[(&str, Neutral)] = &[
     ("verbosity", Word(&["medium"])),
     ("web_search_options", Neutral::None),
     // How tokens are chosen.
-    ("logit_bias", Empty),
-    ("repetition_penalty", Number(1.0)),
     ("length_penalty", Number(1.0)),
-    ("min_p", Number(0.0)),
-    ("min_tokens", Number(0.0)),
     ("use_beam_search", False),
     ("allowed_token_ids", Neutral::None),
     ("bad_words", Empty),
     ("logits_processors", Empty),
     ("vllm_xargs", Empty),
     // Where the answer ends, and what of it is shown.
-    ("stop_token_ids", Empty),
-    ("include_stop_str_in_output", False),
-    ("skip_special_tokens", True),
     ("return_tokens_as_token_ids", False),
     ("return_token_ids", False),
     ("prompt_logprobs", Neutral::None),
-    // What form it has.
-    ("response_format", TextType),
-    ("structured_outputs", Neutral::None),
-    ("guided_json", Neutral::None),
-    ("guided_regex", Neutral::None),
-    ("guided_choice", Neutral::None),
-    ("guided_grammar", Neutral::None),
     // Tools.
     ("tools", Empty),
     ("tool_choice", Word(&["none", "auto"])),
@@ -84,7 +68,6 @@ impl Neutral {
             (Empty, Value::String(text)) => text.is_empty(),
             (Number(neutral), Value::Number(number)) => number.as_f64() == Some(neutral),
             (Word(words), Value::String(word)) => words.contains(&word.as_str()),
-            (TextType, Value::Object(format)) => format.get("type").is_some_and(|kind| kind == "text"),
             _ => false,
         }
     }
@@ -97,7 +80,6 @@ impl Neutral {
             Empty => " or empty".to_owned(),
             Number(number) => format!(" or set it to {number}"),
             Word(words) => format!(" or set it to {}", words.join(" or ")),
-            TextType => " or set it to {\"type\": \"text\"}".to_owned(),
         }
     }
 }

@@ -131,6 +131,28 @@ async fn requests_say_how_tokens_are_chosen_and_where_they_end() {
     let stopped = answer(json!({ "stop": [stop] })).await;
     assert_eq!(stopped["choices"][0]["text"].as_str(), plain.split(stop).next());
     assert_eq!(stopped["choices"][0]["finish_reason"], "stop");
+    let shown = text(json!({ "stop": [stop], "include_stop_str_in_output": true })).await;
+    assert_eq!(shown, format!("{}{stop}", plain.split(stop).next().unwrap()));
+    // Tokens here are bytes: a bias forces one or forbids one, and one can end the answer, but not before its time.
+    assert_eq!(text(json!({ "logit_bias": { "122": 100 } })).await, "z".repeat(20));
+    assert_eq!(
+        text(json!({ "logit_bias": { "122": 90, "121": 80 }, "repetition_penalty": 2 })).await,
+        format!("zy{}", "z".repeat(18)),
+        "a token that was seen is punished once"
+    );
+    let ended =
+        answer(json!({ "logit_bias": { "122": 100 }, "stop_token_ids": [122], "min_tokens": 3, "ignore_eos": false }))
+            .await;
+    assert_eq!(ended["choices"][0]["finish_reason"], "stop");
+    assert_eq!(ended["usage"]["completion_tokens"], 4);
+    assert!(!ended["choices"][0]["text"].as_str().unwrap().contains('z'), "{ended}");
+    let special = async |skip: bool| {
+        text(json!({ "logit_bias": { "258": 100 }, "max_tokens": 2, "skip_special_tokens": skip })).await
+    };
+    assert_eq!(
+        (special(true).await, special(false).await),
+        (String::new(), "<|im_end|><|im_end|>".to_owned())
+    );
     // A seed makes a draw repeatable; without one, answers differ.
     let drawn = async |more: Value| {
         let mut body = json!({ "temperature": 1.5 });
