@@ -3,22 +3,28 @@
 //! ```text
 //!            add                    schedule: blocks are free          remove (done, cancelled)
 //!  client ─────────▶ waiting ───────────────────────────▶ running ─────────────────────────────▶ gone, blocks free
-//!                       ▲                                   │
-//!                       └───────────────────────────────────┘
+//!                       ▲                                   │ ▲
+//!                       └───────────────────────────────────┘ └── fork: another choice of the same prompt
 //!                         preempted: blocks taken, computed again later
 //! ```
 //!
-//! Every step has a budget of tokens. Requests that produce take one each, first; prompts share the rest in chunks, in the
-//! order of arrival. When blocks run out, the newest running request gives its up and is computed again later: the engine's
-//! results do not depend on the batch, so it continues with the same bits.
+//! Every step has a budget of tokens. Requests that produce take one each, first; prompts share the rest in chunks; drafts
+//! get what is left. Who runs is decided between clients ([`fair`]). When blocks run out, the last running request in the
+//! order of priority and arrival gives its up and is computed again later: the engine's results do not depend on the batch,
+//! so it continues with the same bits.
 
 mod blocks;
+mod fair;
+mod plan;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
+use std::sync::Arc;
 
 use blocks::BlockPool;
+pub use fair::{ClientId, PRIORITIES};
+use fair::{Clients, Order};
 
-/// Names a request.
+/// Names a request: one choice of it, where it has several.
 pub type RequestId = u64;
 
 /// What bounds the scheduler.
@@ -46,6 +52,40 @@ pub struct TooLong {
     pub most: usize,
 }
 
+/// A request as the scheduler sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewRequest {
+    /// The prompt's tokens; not empty.
+    pub prompt: Vec<u32>,
+    /// The most tokens that it will have, prompt included.
+    pub max_total: usize,
+    /// How many choices it will be forked into; they run at once, so at most [`Limits::max_sequences`].
+    pub choices: usize,
+    /// Requests find each other's prompts in the prefix cache if they have the same salt.
+    pub salt: Arc<[u8]>,
+    /// Who shares fairly with the others.
+    pub client: ClientId,
+    /// Lower is earlier; what lies outside of [`PRIORITIES`] counts as the nearest inside.
+    pub priority: i64,
+    /// The most tokens that are drafted ahead of a step.
+    pub drafts: usize,
+}
+
+impl NewRequest {
+    /// One choice, no salt, nothing drafted, of the client 0.
+    pub fn new(prompt: Vec<u32>, max_total: usize) -> Self {
+        NewRequest {
+            prompt,
+            max_total,
+            choices: 1,
+            salt: Arc::from([]),
+            client: 0,
+            priority: 0,
+            drafts: 0,
+        }
+    }
+}
+
 /// A piece of work in a step: compute `count` tokens of `id` from `start` on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Work {
@@ -57,6 +97,17 @@ pub struct Work {
     pub count: usize,
     /// The last of them is the request's last known token: its logits give the next one.
     pub samples: bool,
+    /// Up to that many drafted tokens may be computed behind it; they have blocks.
+    pub drafts: usize,
+}
+
+/// What a forward pass computes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Step {
+    /// Blocks whose content is copied before anything is computed, from and to, in this order.
+    pub copies: Vec<(u32, u32)>,
+    /// The tokens.
+    pub work: Vec<Work>,
 }
 
 /// Running counts, for the metrics.
@@ -70,11 +121,23 @@ pub struct Counts {
     pub prefix_hits: u64,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Request {
     tokens: Vec<u32>,
+    /// Tokens of the prompt.
+    prompt: usize,
+    max_total: usize,
+    /// Places that it takes when it runs: its choices, until it is forked.
+    width: usize,
+    salt: Arc<[u8]>,
+    client: ClientId,
+    priority: i64,
+    order: Order,
+    drafts: usize,
     /// Tokens whose keys and values are in the cache.
     computed: usize,
+    /// Prompt tokens that its client was charged for: computing them again is not its fault.
+    charged: usize,
     table: Vec<u32>,
     /// Full blocks that the prefix cache knows, and the name of the last one's content.
     known: usize,
@@ -90,9 +153,11 @@ pub struct Scheduler {
     limits: Limits,
     pool: BlockPool,
     requests: HashMap<RequestId, Request>,
-    waiting: VecDeque<RequestId>,
-    /// Oldest first.
-    running: Vec<RequestId>,
+    clients: Clients,
+    /// In order: the last one is the first to lose its blocks.
+    running: Vec<Order>,
+    /// Places taken by what runs.
+    places: usize,
     counts: Counts,
 }
 
@@ -103,21 +168,32 @@ impl Scheduler {
             pool: BlockPool::new(limits.blocks),
             limits,
             requests: HashMap::new(),
-            waiting: VecDeque::new(),
+            clients: Clients::default(),
             running: Vec::new(),
+            places: 0,
             counts: Counts::default(),
         }
     }
 
-    /// Takes a request with its prompt (not empty) that will have at most `max_total` tokens, prompt included.
-    pub fn add(&mut self, id: RequestId, prompt: Vec<u32>, max_total: usize) -> Result<(), TooLong> {
+    /// Takes a request.
+    pub fn add(&mut self, id: RequestId, new: NewRequest) -> Result<(), TooLong> {
         let most = self.limits.blocks * self.limits.block_tokens;
-        if max_total.max(prompt.len()) > most {
+        if new.max_total.max(new.prompt.len()) > most {
             return Err(TooLong { most });
         }
+        let priority = new.priority.clamp(*PRIORITIES.start(), *PRIORITIES.end());
         let request = Request {
-            tokens: prompt,
+            prompt: new.prompt.len(),
+            tokens: new.prompt,
+            max_total: new.max_total,
+            width: new.choices.clamp(1, self.limits.max_sequences.max(1)),
+            salt: new.salt,
+            client: new.client,
+            priority,
+            order: self.clients.arrive(new.client, priority, id),
+            drafts: new.drafts,
             computed: 0,
+            charged: 0,
             table: Vec::new(),
             known: 0,
             content: 0,
@@ -125,8 +201,26 @@ impl Scheduler {
         };
         let before = self.requests.insert(id, request);
         assert!(before.is_none(), "request {id} is there already");
-        self.waiting.push_back(id);
         Ok(())
+    }
+
+    /// Makes `child` another choice of `parent`, whose prompt has just been computed and which has no token besides it: it
+    /// shares all of its blocks, and gets its own when one of the two writes.
+    pub fn fork(&mut self, parent: RequestId, child: RequestId) {
+        let Some(request) = self.requests.get_mut(&parent) else {
+            return;
+        };
+        assert!(request.width > 1, "request {parent} has no choice left to fork");
+        request.width -= 1;
+        let mut request = request.clone();
+        request.width = 1;
+        request.order = request.order.of(child);
+        self.pool.hold_all(&request.table);
+        self.clients.forked(request.client);
+        let at = self.running.partition_point(|other| *other < request.order);
+        self.running.insert(at, request.order);
+        let before = self.requests.insert(child, request);
+        assert!(before.is_none(), "request {child} is there already");
     }
 
     /// Forgets a request, wherever it is; its blocks are free at once.
@@ -135,131 +229,15 @@ impl Scheduler {
             return;
         };
         self.pool.release_all(&request.table);
-        self.waiting.retain(|other| *other != id);
-        self.running.retain(|other| *other != id);
-    }
-
-    /// The next step. Every piece of work must be computed and reported with [`Scheduler::computed`] before the next call.
-    pub fn schedule(&mut self) -> Vec<Work> {
-        let mut work = Vec::new();
-        let mut budget = self.limits.max_batched_tokens;
-        let before = self.counts.preemptions;
-        for decode in [true, false] {
-            let mut at = 0;
-            while at < self.running.len() && budget > 0 {
-                let id = self.running[at];
-                let request = &self.requests[&id];
-                let missing = request.tokens.len() - request.computed;
-                if (missing == 1) != decode {
-                    at += 1;
-                    continue;
-                }
-                let count = missing.min(budget);
-                let start = request.computed;
-                if self.reserve(id, start + count, &mut work, &mut budget) {
-                    work.push(Work {
-                        id,
-                        start,
-                        count,
-                        samples: count == missing,
-                    });
-                    budget -= count;
-                    at += 1;
-                }
-                // Otherwise the request itself was preempted, and the next one stands in its place.
+        match self.running.binary_search(&request.order) {
+            Ok(at) => {
+                self.running.remove(at);
+                self.places -= request.width;
+                self.clients.stopped(request.client, request.width);
             }
+            Err(_) => self.clients.withdraw(request.client, request.order),
         }
-        if self.counts.preemptions == before {
-            self.admit(&mut work, budget);
-        }
-        work
-    }
-
-    /// Makes room for `tokens` tokens of `id`, taking the blocks of the newest running requests if need be. False if the
-    /// request itself was the newest and lost its own.
-    fn reserve(&mut self, id: RequestId, tokens: usize, work: &mut Vec<Work>, budget: &mut usize) -> bool {
-        let needed = tokens.div_ceil(self.limits.block_tokens);
-        while self.requests[&id].table.len() < needed {
-            match self.pool.allocate() {
-                Some(block) => self.requests.get_mut(&id).expect("it is running").table.push(block),
-                None => {
-                    let victim = self.running.pop().expect("at least the request itself is running");
-                    self.preempt(victim);
-                    // What was planned for it in this step is planned again later.
-                    work.retain(|piece| {
-                        if piece.id == victim {
-                            *budget += piece.count;
-                        }
-                        piece.id != victim
-                    });
-                    if victim == id {
-                        return false;
-                    }
-                }
-            }
-        }
-        true
-    }
-
-    fn preempt(&mut self, id: RequestId) {
-        let request = self.requests.get_mut(&id).expect("a running request is known");
-        self.pool.release_all(&request.table);
-        request.table.clear();
-        request.computed = 0;
-        request.known = 0;
-        request.content = 0;
-        self.waiting.push_front(id);
-        self.counts.preemptions += 1;
-    }
-
-    fn admit(&mut self, work: &mut Vec<Work>, mut budget: usize) {
-        let size = self.limits.block_tokens;
-        while budget > 0 && self.running.len() < self.limits.max_sequences {
-            let Some(id) = self.waiting.front().copied() else {
-                return;
-            };
-            let request = self.requests.get_mut(&id).expect("a waiting request is known");
-            // One token at least must be computed: its logits are what the request waits for.
-            let most_hits = if self.limits.prefix_caching {
-                (request.tokens.len() - 1) / size
-            } else {
-                0
-            };
-            let (hits, content) = self.pool.take_prefix(&request.tokens, size, most_hits);
-            let needed = (request.tokens.len() + 1).div_ceil(size).min(self.limits.blocks) - hits.len();
-            if needed > self.pool.available() {
-                self.pool.release_all(&hits);
-                return;
-            }
-            self.waiting.pop_front();
-            request.computed = hits.len() * size;
-            if self.limits.prefix_caching && request.cached.is_none() {
-                self.counts.prefix_queries += request.tokens.len() as u64;
-                self.counts.prefix_hits += request.computed as u64;
-            }
-            request.cached.get_or_insert(request.computed);
-            request.known = hits.len();
-            request.content = content;
-            request.table = hits;
-            // All blocks of the prompt now: what is admitted later in this step must not count on them.
-            while request.table.len() < request.tokens.len().div_ceil(size) {
-                request.table.push(
-                    self.pool
-                        .allocate()
-                        .expect("enough blocks are available, as was just asked"),
-                );
-            }
-            let missing = request.tokens.len() - request.computed;
-            let count = missing.min(budget);
-            work.push(Work {
-                id,
-                start: request.computed,
-                count,
-                samples: count == missing,
-            });
-            budget -= count;
-            self.running.push(id);
-        }
+        self.clients.left(request.client);
     }
 
     /// Reports that `work` has been computed. Blocks that are now full become available as prefixes.
@@ -268,23 +246,39 @@ impl Scheduler {
             return;
         };
         request.computed = work.start + work.count;
+        let charged = request.computed.min(request.prompt);
+        if charged > request.charged {
+            let new = charged - request.charged.max(work.start);
+            request.charged = charged;
+            self.clients.charge(request.client, new as u64);
+        }
+        self.register(work.id);
+    }
+
+    /// Appends the tokens that a step sampled for a request. All but the last had been drafted, and are computed.
+    pub fn append(&mut self, id: RequestId, tokens: &[u32]) {
+        let Some(request) = self.requests.get_mut(&id) else {
+            return;
+        };
+        request.tokens.extend_from_slice(tokens);
+        request.computed += tokens.len().saturating_sub(1);
+        self.clients
+            .charge(request.client, tokens.len() as u64 * fair::TOKEN_COST);
+        self.register(id);
+    }
+
+    /// Makes the full blocks of a request findable.
+    fn register(&mut self, id: RequestId) {
         if !self.limits.prefix_caching {
             return;
         }
         let size = self.limits.block_tokens;
+        let request = self.requests.get_mut(&id).expect("the request is known");
         while (request.known + 1) * size <= request.computed {
             let tokens = &request.tokens[request.known * size..(request.known + 1) * size];
-            request.content = self
-                .pool
-                .register(request.table[request.known], request.content, tokens);
+            let block = request.table[request.known];
+            request.content = self.pool.register(block, &request.salt, request.content, tokens);
             request.known += 1;
-        }
-    }
-
-    /// Appends the token that was sampled for a request.
-    pub fn append(&mut self, id: RequestId, token: u32) {
-        if let Some(request) = self.requests.get_mut(&id) {
-            request.tokens.push(token);
         }
     }
 
@@ -310,7 +304,7 @@ impl Scheduler {
 
     /// Requests that wait.
     pub fn waiting(&self) -> usize {
-        self.waiting.len()
+        self.requests.len() - self.running.len()
     }
 
     /// The share of blocks that requests hold, 0 to 1.

@@ -191,6 +191,11 @@ impl Executor {
         self.layers.iter().map(layer).sum::<usize>() + self.head.size_bytes()
     }
 
+    /// Copies what a block of the cache holds into another one.
+    pub fn copy_block(&mut self, from: u32, to: u32) {
+        self.cache.iter_mut().for_each(|layer| layer.copy_block(from, to));
+    }
+
     /// Computes a batch. `logits` gets, for each row that wants them and in order, the row's index and its logits.
     pub fn forward(&mut self, batch: &Batch, mut logits: impl FnMut(usize, &[f32])) {
         let Executor {

@@ -12,6 +12,7 @@ use super::form::FormFields;
 #[serde(default)]
 pub(super) struct Options {
     pub(super) model: Option<String>,
+    pub(super) n: Option<i64>,
     pub(super) max_tokens: Option<i64>,
     pub(super) temperature: Option<f64>,
     pub(super) top_p: Option<f64>,

@@ -88,6 +88,11 @@ pub(super) fn prepare(
             ));
         }
     };
+    let (choices, most_choices) = (options.n.unwrap_or(1), served.engine.most_choices());
+    let choices = usize::try_from(choices)
+        .ok()
+        .filter(|n| (1..=most_choices).contains(n))
+        .ok_or_else(|| ApiError::invalid("n", format!("n is {choices}; it must lie between 1 and {most_choices}")))?;
     let defaults = &served.generation;
     let vocabulary = served.config.vocab_size;
     let range =
@@ -152,6 +157,7 @@ pub(super) fn prepare(
             max_tokens,
             min_tokens,
             prompt,
+            choices,
             sampling,
             stop: stops(options.stop)?,
             stop_tokens,

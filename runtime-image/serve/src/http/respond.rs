@@ -37,8 +37,31 @@ struct Frame {
     created: u64,
     model: String,
     vocabulary: Arc<Vocabulary>,
-    /// Bytes of text given out so far: completions count offsets.
-    offset: usize,
+    /// Bytes of text given out so far, of each choice: completions count offsets.
+    offsets: Vec<usize>,
+}
+
+/// What is known of the usage of a response whose choices end one by one.
+struct Counting {
+    usage: Usage,
+    running: usize,
+}
+
+impl Counting {
+    fn new(choices: usize) -> Self {
+        Counting {
+            usage: Usage::default(),
+            running: choices,
+        }
+    }
+
+    /// Another choice has ended. The prompt counts once, and what it found in the cache is what the first choice found.
+    fn ended(&mut self, usage: &Usage) {
+        self.running = self.running.saturating_sub(1);
+        self.usage.prompt_tokens = usage.prompt_tokens;
+        self.usage.cached_tokens = usage.cached_tokens;
+        self.usage.completion_tokens += usage.completion_tokens;
+    }
 }
 
 type LogProbs = (TokenProb, Vec<TokenProb>);
@@ -69,7 +92,7 @@ async fn respond(served: &Served, prepared: Prepared, shape: Shape) -> Result<Re
         created: unix_seconds(),
         model: served.names[0].clone(),
         vocabulary: served.vocabulary.clone(),
-        offset: 0,
+        offsets: vec![0; prepared.submission.choices],
     };
     let Prepared {
         submission,
@@ -84,49 +107,65 @@ async fn respond(served: &Served, prepared: Prepared, shape: Shape) -> Result<Re
     }
 }
 
-async fn whole(mut frame: Frame, mut events: mpsc::Receiver<Event>) -> Result<Response, ApiError> {
-    let (mut text, mut probs) = (String::new(), Vec::new());
-    while let Some(event) = events.recv().await {
-        match event {
-            Event::Token { text: piece, log_probs } => {
-                text += &piece;
-                probs.extend(log_probs);
+async fn whole(frame: Frame, mut events: mpsc::Receiver<Event>) -> Result<Response, ApiError> {
+    let choices = frame.offsets.len();
+    let mut counting = Counting::new(choices);
+    let mut parts = vec![(String::new(), Vec::new(), None); choices];
+    while counting.running > 0 {
+        match events.recv().await {
+            Some(Event::Token {
+                choice,
+                text,
+                log_probs,
+            }) => {
+                parts[choice].0 += &text;
+                parts[choice].1.extend(log_probs);
             }
-            Event::Finished {
-                text: rest,
+            Some(Event::Finished {
+                choice,
+                text,
                 reason,
                 usage,
-            } => {
-                text += &rest;
-                let log_probs = frame.log_probs(&probs);
-                let choice = match frame.shape {
-                    Shape::Chat => json!({
-                        "index": 0, "message": { "role": "assistant", "content": text, "refusal": null },
-                        "logprobs": log_probs, "finish_reason": reason.name(),
-                    }),
-                    Shape::Completion => {
-                        json!({ "index": 0, "text": text, "logprobs": log_probs, "finish_reason": reason.name() })
-                    }
-                };
-                let mut body = frame.object(false, vec![choice]);
-                body["usage"] = self::usage(&usage);
-                return Ok(Json(body).into_response());
+            }) => {
+                parts[choice].0 += &text;
+                parts[choice].2 = Some(reason);
+                counting.ended(&usage);
             }
+            None => return Err(ApiError::internal("the engine ended before the answer did")),
         }
     }
-    Err(ApiError::internal("the engine ended before the answer did"))
+    let choice = |(index, (text, probs, reason)): (usize, (String, Vec<LogProbs>, Option<FinishReason>))| {
+        let log_probs = frame.log_probs(index, &probs);
+        let reason = reason.map(FinishReason::name);
+        match frame.shape {
+            Shape::Chat => json!({
+                "index": index, "message": { "role": "assistant", "content": text, "refusal": null },
+                "logprobs": log_probs, "finish_reason": reason,
+            }),
+            Shape::Completion => {
+                json!({ "index": index, "text": text, "logprobs": log_probs, "finish_reason": reason })
+            }
+        }
+    };
+    let choices = parts.into_iter().enumerate().map(choice).collect();
+    let mut body = frame.object(false, choices);
+    body["usage"] = self::usage(&counting.usage);
+    Ok(Json(body).into_response())
 }
 
 struct Streaming {
     frame: Frame,
     events: mpsc::Receiver<Event>,
     include_usage: bool,
+    counting: Counting,
     pending: VecDeque<String>,
     done: bool,
 }
 
 fn streamed(frame: Frame, events: mpsc::Receiver<Event>, include_usage: bool) -> Response {
+    let choices = frame.offsets.len();
     let mut streaming = Streaming {
+        counting: Counting::new(choices),
         frame,
         events,
         include_usage,
@@ -135,10 +174,12 @@ fn streamed(frame: Frame, events: mpsc::Receiver<Event>, include_usage: bool) ->
     };
     if streaming.frame.shape == Shape::Chat {
         // The role comes first and alone, as with OpenAI, so that clients open the message.
-        let delta = json!({ "role": "assistant", "content": "" });
-        streaming.send(vec![
-            json!({ "index": 0, "delta": delta, "logprobs": null, "finish_reason": null }),
-        ]);
+        for index in 0..choices {
+            let delta = json!({ "role": "assistant", "content": "" });
+            streaming.send(vec![
+                json!({ "index": index, "delta": delta, "logprobs": null, "finish_reason": null }),
+            ]);
+        }
     }
     let stream = stream::unfold(streaming, |mut streaming| async move {
         while streaming.pending.is_empty() && !streaming.done {
@@ -156,19 +197,32 @@ fn streamed(frame: Frame, events: mpsc::Receiver<Event>, include_usage: bool) ->
 impl Streaming {
     fn take(&mut self, event: Option<Event>) {
         match event {
-            Some(Event::Token { text, log_probs }) => {
+            Some(Event::Token {
+                choice,
+                text,
+                log_probs,
+            }) => {
                 if !text.is_empty() || log_probs.is_some() {
-                    self.piece(&text, log_probs.as_slice(), None);
+                    self.piece(choice, &text, log_probs.as_slice(), None);
                 }
             }
-            Some(Event::Finished { text, reason, usage }) => {
+            Some(Event::Finished {
+                choice,
+                text,
+                reason,
+                usage,
+            }) => {
                 if !text.is_empty() {
-                    self.piece(&text, &[], None);
+                    self.piece(choice, &text, &[], None);
                 }
-                self.piece("", &[], Some(reason));
+                self.piece(choice, "", &[], Some(reason));
+                self.counting.ended(&usage);
+                if self.counting.running > 0 {
+                    return;
+                }
                 if self.include_usage {
                     let mut body = self.frame.object(true, Vec::new());
-                    body["usage"] = self::usage(&usage);
+                    body["usage"] = self::usage(&self.counting.usage);
                     self.pending.push_back(body.to_string());
                 }
                 self.end();
@@ -184,10 +238,10 @@ impl Streaming {
         }
     }
 
-    fn piece(&mut self, text: &str, log_probs: &[LogProbs], reason: Option<FinishReason>) {
-        let log_probs = self.frame.log_probs(log_probs);
+    fn piece(&mut self, index: usize, text: &str, log_probs: &[LogProbs], reason: Option<FinishReason>) {
+        let log_probs = self.frame.log_probs(index, log_probs);
         let reason = reason.map(FinishReason::name);
-        self.frame.offset += text.len();
+        self.frame.offsets[index] += text.len();
         self.send(vec![match self.frame.shape {
             Shape::Chat => {
                 let delta = if reason.is_some() {
@@ -195,9 +249,11 @@ impl Streaming {
                 } else {
                     json!({ "content": text })
                 };
-                json!({ "index": 0, "delta": delta, "logprobs": log_probs, "finish_reason": reason })
+                json!({ "index": index, "delta": delta, "logprobs": log_probs, "finish_reason": reason })
             }
-            Shape::Completion => json!({ "index": 0, "text": text, "logprobs": log_probs, "finish_reason": reason }),
+            Shape::Completion => {
+                json!({ "index": index, "text": text, "logprobs": log_probs, "finish_reason": reason })
+            }
         }]);
     }
 
@@ -225,7 +281,7 @@ impl Frame {
         json!({ "id": self.id, "object": object, "created": self.created, "model": self.model, "choices": choices })
     }
 
-    fn log_probs(&mut self, probs: &[LogProbs]) -> Value {
+    fn log_probs(&self, index: usize, probs: &[LogProbs]) -> Value {
         if probs.is_empty() {
             return Value::Null;
         }
@@ -246,7 +302,7 @@ impl Frame {
                 json!({ "content": content.collect::<Vec<_>>(), "refusal": null })
             }
             Shape::Completion => {
-                let mut offset = self.offset;
+                let mut offset = self.offsets[index];
                 let offsets: Vec<usize> = probs
                     .iter()
                     .map(|(chosen, _)| {

@@ -23,7 +23,6 @@ use Neutral::{Empty, False, Number, True, Word};
 
 const UNSUPPORTED: &[(&str, Neutral)] = &[
     // How many answers, and of what.
-    ("n", Number(1.0)),
     ("best_of", Number(1.0)),
     ("echo", False),
     ("suffix", Empty),

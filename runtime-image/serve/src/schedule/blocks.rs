@@ -1,13 +1,41 @@
 //! The cache's blocks: who holds which, and which free ones still have content worth finding again.
 //!
 //! A full block's content is named by a number; the index maps (name of the block before, this block's tokens) to a block.
-//! The chain makes a hit mean "the same tokens from the very beginning", and because tokens are compared and not hashed,
-//! no two prompts can be mistaken for each other. A name is never used twice, so entries behind an evicted block are
+//! The chain makes a hit mean "the same tokens from the very beginning, with the same salt", and because they are compared
+//! and not hashed, no two prompts can be mistaken for each other. A name is never used twice, so entries behind an evicted block are
 //! never found again and age out.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 
-type Key = (u64, Box<[u32]>);
+/// Names the content of a block: what stands before it, and its tokens.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Key {
+    before: Before,
+    tokens: Box<[u32]>,
+}
+
+/// What stands before a block.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Before {
+    /// Nothing: a beginning, of those who have this salt.
+    Start(Arc<[u8]>),
+    /// The content with this name.
+    Content(u64),
+}
+
+impl Key {
+    fn new(salt: &Arc<[u8]>, before: u64, tokens: &[u32]) -> Self {
+        let before = match before {
+            0 => Before::Start(salt.clone()),
+            name => Before::Content(name),
+        };
+        Key {
+            before,
+            tokens: tokens.into(),
+        }
+    }
+}
 
 #[derive(Debug)]
 struct Content {
@@ -87,12 +115,30 @@ impl BlockPool {
         }
     }
 
+    /// Another table has the same blocks.
+    pub(super) fn hold_all(&mut self, table: &[u32]) {
+        for id in table {
+            self.blocks[*id as usize].holders += 1;
+        }
+    }
+
+    /// Whether several tables have this block.
+    pub(super) fn is_shared(&self, id: u32) -> bool {
+        self.blocks[id as usize].holders > 1
+    }
+
     /// Takes the longest chain of up to `most` blocks whose content is the beginning of `tokens`; with it, the name of the
     /// last one's content.
-    pub(super) fn take_prefix(&mut self, tokens: &[u32], size: usize, most: usize) -> (Vec<u32>, u64) {
+    pub(super) fn take_prefix(
+        &mut self,
+        salt: &Arc<[u8]>,
+        tokens: &[u32],
+        size: usize,
+        most: usize,
+    ) -> (Vec<u32>, u64) {
         let (mut taken, mut name) = (Vec::new(), 0);
         for tokens in tokens.chunks_exact(size).take(most) {
-            let Some(id) = self.index.get(&(name, Box::from(tokens))).copied() else {
+            let Some(id) = self.index.get(&Key::new(salt, name, tokens)).copied() else {
                 break;
             };
             let block = &mut self.blocks[id as usize];
@@ -106,10 +152,11 @@ impl BlockPool {
         (taken, name)
     }
 
-    /// Makes a full block findable as the continuation of the content named `before`; returns the name of its own content.
+    /// Makes a full block findable as the continuation of the content named `before`, or as a beginning if that is 0; returns
+    /// the name of its own content.
     /// If another block has the same content already, that one stays the one to find.
-    pub(super) fn register(&mut self, id: u32, before: u64, tokens: &[u32]) -> u64 {
-        let key = (before, Box::from(tokens));
+    pub(super) fn register(&mut self, id: u32, salt: &Arc<[u8]>, before: u64, tokens: &[u32]) -> u64 {
+        let key = Key::new(salt, before, tokens);
         if let Some(other) = self.index.get(&key) {
             return self.blocks[*other as usize]
                 .content

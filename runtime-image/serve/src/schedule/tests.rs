@@ -1,4 +1,4 @@
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use proptest::prelude::*;
 
@@ -15,12 +15,31 @@ fn limits() -> Limits {
     }
 }
 
+/// The next token is a function of all tokens before it, as in a model, and of the choice, as of a seed.
+fn next(tokens: &[u32], choice: usize) -> u32 {
+    tokens.iter().fold(7 + choice as u32, |sum, token| {
+        sum.wrapping_mul(31).wrapping_add(*token)
+    }) % 3
+}
+
+/// What the keys and values of a place depend on: the salt must not differ, the text cannot.
+type Written = (Arc<[u8]>, Vec<u32>);
+
+struct Goal {
+    new: NewRequest,
+    choice: usize,
+}
+
 /// A cache that remembers what was written where, in the place of keys and values.
 struct Machine {
     scheduler: Scheduler,
-    written: Vec<Vec<Option<Vec<u32>>>>,
-    goals: HashMap<RequestId, usize>,
+    written: Vec<Vec<Option<Written>>>,
+    goals: HashMap<RequestId, Goal>,
+    /// Requests that were not forked yet.
+    whole: HashSet<RequestId>,
     finished: Vec<(RequestId, Vec<u32>)>,
+    copies: usize,
+    accepted: usize,
 }
 
 impl Machine {
@@ -30,14 +49,22 @@ impl Machine {
             scheduler: Scheduler::new(limits),
             written,
             goals: HashMap::new(),
+            whole: HashSet::new(),
             finished: Vec::new(),
+            copies: 0,
+            accepted: 0,
         }
     }
 
     fn add(&mut self, id: RequestId, prompt: Vec<u32>, more: usize) -> Result<(), TooLong> {
         let total = prompt.len() + more;
-        self.scheduler.add(id, prompt, total)?;
-        self.goals.insert(id, total);
+        self.take(id, NewRequest::new(prompt, total))
+    }
+
+    fn take(&mut self, id: RequestId, new: NewRequest) -> Result<(), TooLong> {
+        self.scheduler.add(id, new.clone())?;
+        self.goals.insert(id, Goal { new, choice: 0 });
+        self.whole.insert(id);
         Ok(())
     }
 
@@ -46,66 +73,131 @@ impl Machine {
         self.goals.remove(&id);
     }
 
-    /// Computes a step; the next token is a function of all tokens before it, as in a model.
+    /// A guess at what comes next, the more wrong the longer.
+    fn draft(&self, piece: &Work) -> Vec<u32> {
+        let mut tokens = self.scheduler.tokens(piece.id).to_vec();
+        let known = tokens.len();
+        for i in 0..piece.drafts {
+            let right = next(&tokens, self.goals[&piece.id].choice);
+            tokens.push(if (known + i) % 5 < 3 { right } else { right + 1 });
+        }
+        tokens.split_off(known)
+    }
+
+    /// Computes a step.
     fn step(&mut self) -> Vec<Work> {
-        let work = self.scheduler.schedule();
+        let Step { copies, work } = self.scheduler.schedule();
         self.check();
-        assert!(work.iter().map(|piece| piece.count).sum::<usize>() <= self.scheduler.limits.max_batched_tokens);
+        let computed: usize = work.iter().map(|piece| piece.count + piece.drafts).sum();
+        assert!(computed <= self.scheduler.limits.max_batched_tokens);
         let size = self.scheduler.limits.block_tokens;
-        for piece in &work {
-            let (tokens, table) = (
-                self.scheduler.tokens(piece.id).to_vec(),
-                self.scheduler.table(piece.id).to_vec(),
-            );
-            for position in piece.start..piece.start + piece.count {
+        for (from, to) in copies {
+            self.written[to as usize] = self.written[from as usize].clone();
+            self.copies += 1;
+        }
+        let texts: Vec<Vec<u32>> = work
+            .iter()
+            .map(|piece| {
+                let known = &self.scheduler.tokens(piece.id)[..piece.start + piece.count];
+                [known, &self.draft(piece)].concat()
+            })
+            .collect();
+        let place = |scheduler: &Scheduler, id, position: usize| {
+            let block = scheduler.table(id)[position / size];
+            (block as usize, position % size)
+        };
+        for (piece, text) in work.iter().zip(&texts) {
+            for position in piece.start..text.len() {
+                let (block, slot) = place(&self.scheduler, piece.id, position);
                 // A place holds the whole text up to it: that is what its keys and values depend on.
-                self.written[table[position / size] as usize][position % size] = Some(tokens[..=position].to_vec());
+                let salt = self.goals[&piece.id].new.salt.clone();
+                self.written[block][slot] = Some((salt, text[..=position].to_vec()));
             }
-            for position in 0..piece.start + piece.count {
-                let seen = &self.written[table[position / size] as usize][position % size];
+        }
+        for (piece, text) in work.iter().zip(&texts) {
+            for position in 0..text.len() {
+                let (block, slot) = place(&self.scheduler, piece.id, position);
+                let salt = self.goals[&piece.id].new.salt.clone();
                 assert_eq!(
-                    seen.as_deref(),
-                    Some(&tokens[..=position]),
+                    self.written[block][slot],
+                    Some((salt, text[..=position].to_vec())),
                     "request {} reads what is not its own at {position}",
                     piece.id
                 );
             }
         }
-        for piece in &work {
+        for (piece, text) in work.iter().zip(&texts) {
             self.scheduler.computed(piece);
-            if piece.samples {
-                let tokens = self.scheduler.tokens(piece.id);
-                let next = tokens
-                    .iter()
-                    .fold(7u32, |sum, token| sum.wrapping_mul(31).wrapping_add(*token))
-                    % 3;
-                self.scheduler.append(piece.id, next);
-                if self.scheduler.tokens(piece.id).len() >= self.goals[&piece.id] {
-                    self.finished.push((piece.id, self.scheduler.tokens(piece.id).to_vec()));
-                    self.remove(piece.id);
+            if !piece.samples {
+                continue;
+            }
+            let mut ids = vec![piece.id];
+            if self.whole.remove(&piece.id) {
+                let new = self.goals[&piece.id].new.clone();
+                for choice in 1..new.choices {
+                    let id = piece.id + 1000 * choice as u64;
+                    self.scheduler.fork(piece.id, id);
+                    let new = new.clone();
+                    self.goals.insert(id, Goal { new, choice });
+                    ids.push(id);
                 }
+            }
+            for id in ids {
+                self.sample(id, &text[piece.start + piece.count..]);
             }
         }
         self.check();
         work
     }
 
+    /// Appends as many of the drafts as are right, and one token.
+    fn sample(&mut self, id: RequestId, drafts: &[u32]) {
+        let goal = &self.goals[&id];
+        let mut tokens = self.scheduler.tokens(id).to_vec();
+        let known = tokens.len();
+        for draft in drafts.iter().map(Some).chain([None]) {
+            let token = next(&tokens, goal.choice);
+            tokens.push(token);
+            if draft != Some(&token) {
+                break;
+            }
+            self.accepted += 1;
+        }
+        self.scheduler.append(id, &tokens[known..]);
+        if tokens.len() >= goal.new.max_total {
+            let mut alone = goal.new.prompt.clone();
+            while alone.len() < goal.new.max_total {
+                alone.push(next(&alone, goal.choice));
+            }
+            assert_eq!(tokens, alone, "what is scheduled decides what is said");
+            self.finished.push((id, tokens));
+            self.remove(id);
+        }
+    }
+
     fn check(&self) {
-        self.scheduler.pool.check();
-        let mut holders = vec![0; self.scheduler.limits.blocks];
-        for (id, request) in &self.scheduler.requests {
-            assert!(request.table.len() * self.scheduler.limits.block_tokens >= request.computed);
-            let waits = self.scheduler.waiting.contains(id);
+        let scheduler = &self.scheduler;
+        scheduler.pool.check();
+        let mut holders = vec![0; scheduler.limits.blocks];
+        let mut places = 0;
+        for (id, request) in &scheduler.requests {
+            assert!(request.table.len() * scheduler.limits.block_tokens >= request.computed);
+            let runs = scheduler.running.contains(&request.order);
             assert!(
-                waits != self.scheduler.running.contains(id),
+                runs != scheduler.clients.waits(request.client, request.order),
                 "request {id} is in two places or none"
             );
-            assert!(!waits || request.table.is_empty(), "a waiting request holds blocks");
+            assert!(runs || request.table.is_empty(), "a waiting request holds blocks");
+            places += if runs { request.width } else { 0 };
             for block in &request.table {
                 holders[*block as usize] += 1;
             }
         }
-        assert_eq!(holders, self.scheduler.pool.holders(), "blocks held and tables differ");
+        assert!(scheduler.running.is_sorted());
+        assert_eq!(places, scheduler.places);
+        assert!(places <= scheduler.limits.max_sequences);
+        assert_eq!(holders, scheduler.pool.holders(), "blocks held and tables differ");
+        scheduler.clients.check(&scheduler.requests);
     }
 
     fn run_to_end(&mut self) {
@@ -129,6 +221,7 @@ fn producing_requests_go_first_and_a_long_prompt_shares_the_step_in_chunks() {
         start,
         count,
         samples,
+        drafts: 0,
     };
     assert_eq!(machine.step(), [work(1, 4, 1, true), work(2, 0, 15, false)]);
     assert_eq!(machine.step(), [work(1, 5, 1, true), work(2, 15, 5, true)]);
@@ -138,8 +231,9 @@ fn producing_requests_go_first_and_a_long_prompt_shares_the_step_in_chunks() {
 #[test]
 fn a_request_that_the_whole_cache_does_not_hold_is_refused() {
     let mut scheduler = Scheduler::new(limits());
-    assert_eq!(scheduler.add(1, vec![0; 3], 49), Err(TooLong { most: 48 }));
-    assert_eq!(scheduler.add(2, vec![0; 3], 48), Ok(()));
+    let new = |total| NewRequest::new(vec![0; 3], total);
+    assert_eq!(scheduler.add(1, new(49)), Err(TooLong { most: 48 }));
+    assert_eq!(scheduler.add(2, new(48)), Ok(()));
 }
 
 #[test]
@@ -203,9 +297,186 @@ fn what_a_preempted_request_finds_of_its_own_is_no_hit_of_the_prefix_cache() {
     );
 }
 
+#[test]
+fn choices_compute_their_prompt_once_and_copy_only_the_block_that_they_write_to() {
+    for prefix_caching in [false, true] {
+        let mut machine = Machine::new(Limits {
+            prefix_caching,
+            ..limits()
+        });
+        let new = NewRequest {
+            choices: 3,
+            ..NewRequest::new(vec![1; 10], 13)
+        };
+        machine.take(1, new).unwrap();
+        assert_eq!(machine.step()[0].count, 10);
+        assert_eq!(machine.scheduler.running(), 3);
+        assert_eq!(machine.scheduler.pool.available(), 12 - 3, "all blocks are shared");
+        let work = machine.step();
+        assert_eq!(work.iter().map(|piece| piece.count).collect::<Vec<_>>(), [1, 1, 1]);
+        assert_eq!(machine.copies, 2, "one of the three keeps the block");
+        assert_eq!(machine.scheduler.pool.available(), 12 - 5);
+        machine.run_to_end();
+        assert_eq!(machine.finished.len(), 3);
+        assert_eq!(machine.scheduler.pool.available(), 12);
+    }
+}
+
+#[test]
+fn prompts_are_found_only_by_those_who_have_the_same_salt() {
+    let mut machine = Machine::new(limits());
+    let salted = |salt: &str| NewRequest {
+        salt: salt.as_bytes().into(),
+        ..NewRequest::new(vec![1; 10], 11)
+    };
+    for (id, salt, start) in [(1, "", 0), (2, "a", 0), (3, "b", 0), (4, "a", 8), (5, "", 8)] {
+        machine.take(id, salted(salt)).unwrap();
+        assert_eq!(machine.step()[0].start, start, "{id} {salt}");
+    }
+}
+
+#[test]
+fn drafts_take_what_a_step_has_left_and_never_a_block_of_another() {
+    let mut machine = Machine::new(Limits {
+        blocks: 5,
+        max_batched_tokens: 6,
+        ..limits()
+    });
+    let new = |prompt, total| NewRequest {
+        drafts: 8,
+        ..NewRequest::new(prompt, total)
+    };
+    machine.take(1, new(vec![1; 3], 12)).unwrap();
+    machine.step();
+    machine.take(2, new(vec![2; 4], 8)).unwrap();
+    // One token, a prompt of four, and one draft.
+    let work = machine.step();
+    assert_eq!(work.iter().map(|piece| piece.drafts).collect::<Vec<_>>(), [1, 0]);
+    machine.run_to_end();
+    assert_eq!(
+        machine.scheduler.counts().preemptions,
+        0,
+        "12 and 8 tokens fit 5 blocks"
+    );
+    assert!(machine.accepted > 0);
+}
+
+/// Requests whose tokens nobody looks at, for long runs.
+struct Crowd {
+    scheduler: Scheduler,
+    goals: HashMap<RequestId, usize>,
+    next_id: RequestId,
+}
+
+impl Crowd {
+    fn new(limits: Limits) -> Self {
+        Crowd {
+            scheduler: Scheduler::new(limits),
+            goals: HashMap::new(),
+            next_id: 0,
+        }
+    }
+
+    fn add(&mut self, client: ClientId, priority: i64, prompt: usize, more: usize) -> RequestId {
+        self.next_id += 1;
+        let new = NewRequest {
+            client,
+            priority,
+            // No two alike, so that nobody is served by the prefix cache.
+            ..NewRequest::new(vec![self.next_id as u32; prompt], prompt + more)
+        };
+        self.scheduler.add(self.next_id, new).unwrap();
+        self.goals.insert(self.next_id, prompt + more);
+        self.next_id
+    }
+
+    fn step(&mut self) {
+        let step = self.scheduler.schedule();
+        assert!(!step.work.is_empty(), "nothing runs");
+        for work in step.work {
+            self.scheduler.computed(&work);
+            if work.samples {
+                self.scheduler.append(work.id, &[0]);
+                if self.scheduler.tokens(work.id).len() >= self.goals[&work.id] {
+                    self.scheduler.remove(work.id);
+                    self.goals.remove(&work.id);
+                }
+            }
+        }
+    }
+
+    /// Steps until the request has ended.
+    fn steps_to_end(&mut self, id: RequestId, mut between: impl FnMut(&mut Self)) -> usize {
+        let mut steps = 0;
+        while self.goals.contains_key(&id) {
+            assert!(steps < 100_000, "request {id} starves");
+            between(self);
+            self.step();
+            steps += 1;
+        }
+        steps
+    }
+}
+
+#[test]
+fn a_client_with_a_hundred_requests_does_not_hold_up_one_with_one() {
+    let mut crowd = Crowd::new(Limits {
+        blocks: 100_000,
+        ..limits()
+    });
+    let first = crowd.next_id + 1;
+    for _ in 0..100 {
+        crowd.add(1, 0, 8, 3000);
+    }
+    (0..500).for_each(|_| crowd.step());
+    // All places are taken, and for long: one is given up once the other client is far enough behind.
+    let one = crowd.add(2, 0, 8, 20);
+    let steps = crowd.steps_to_end(one, |_| ());
+    assert!(steps < 200, "{steps} steps");
+    assert_eq!(crowd.scheduler.counts().preemptions, 1);
+    assert!(crowd.scheduler.tokens(first).len() > 500, "the oldest goes on");
+    // The next ones of both come in turn: whoever was served less goes first.
+    let two = crowd.add(2, 0, 8, 20);
+    assert!(crowd.steps_to_end(two, |_| ()) < 200);
+}
+
+#[test]
+fn a_lower_priority_is_earlier_until_the_others_have_waited_long_enough() {
+    let busy = || {
+        let mut crowd = Crowd::new(Limits {
+            max_sequences: 1,
+            blocks: 1000,
+            ..limits()
+        });
+        crowd.add(1, 0, 4, 10);
+        crowd.step();
+        crowd
+    };
+    for client in [1, 2] {
+        let mut crowd = busy();
+        let (late, early) = (crowd.add(1, 1, 4, 10), crowd.add(client, -1, 4, 10));
+        crowd.steps_to_end(early, |_| ());
+        assert!(crowd.goals.contains_key(&late), "client {client}");
+    }
+    // Two levels are 1024 tokens: after that many, what comes later with a better priority comes later.
+    let mut crowd = busy();
+    let late = crowd.add(1, 1, 4, 10);
+    let mut others = 0;
+    crowd.steps_to_end(late, |crowd| {
+        if crowd.scheduler.waiting() < 2 {
+            crowd.add(1, -1, 4, 10);
+            others += 1;
+        }
+    });
+    assert!(
+        (1024 / 24..1024 / 24 + 5).contains(&others),
+        "{others} of 24 tokens each"
+    );
+}
+
 #[derive(Clone, Debug)]
 enum Op {
-    Add { prompt: Vec<u32>, more: usize },
+    Add(NewRequest),
     Cancel(usize),
     Step,
 }
@@ -213,7 +484,13 @@ enum Op {
 fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
         // Few different tokens, so that prompts often begin alike.
-        2 => (prop::collection::vec(0u32..2, 1..30), 1usize..18).prop_map(|(prompt, more)| Op::Add { prompt, more }),
+        2 => (prop::collection::vec(0u32..2, 1..30), 1usize..18, 1usize..4, 0u8..2, 0u64..3, -2i64..3, 0usize..4).prop_map(
+            |(prompt, more, choices, salt, client, priority, drafts)| {
+                let max_total = prompt.len() + more;
+                let salt = Arc::from([salt]);
+                Op::Add(NewRequest { prompt, max_total, choices, salt, client, priority, drafts })
+            },
+        ),
         1 => (0usize..20).prop_map(Op::Cancel),
         6 => Just(Op::Step),
     ]
@@ -222,7 +499,7 @@ fn op() -> impl Strategy<Value = Op> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
     #[test]
-    fn no_block_is_leaked_or_shared_wrongly_over_any_sequence_of_events(
+    fn no_block_is_leaked_or_shared_wrongly_and_no_token_changed_over_any_sequence_of_events(
         ops in prop::collection::vec(op(), 1..120),
         prefix_caching in any::<bool>(),
         max_batched_tokens in 1usize..24,
@@ -230,13 +507,14 @@ proptest! {
         let mut machine = Machine::new(Limits { prefix_caching, max_batched_tokens, ..limits() });
         for (id, op) in ops.into_iter().enumerate() {
             match op {
-                Op::Add { prompt, more } => {
-                    let _ = machine.add(id as RequestId, prompt, more);
+                Op::Add(new) => {
+                    let _ = machine.take(id as RequestId, new);
                 }
                 Op::Cancel(nth) => {
                     let mut ids: Vec<RequestId> = machine.goals.keys().copied().collect();
                     ids.sort_unstable();
                     if let Some(id) = ids.get(nth) {
+                        machine.whole.remove(id);
                         machine.remove(*id);
                     }
                 }
@@ -246,5 +524,30 @@ proptest! {
         }
         machine.run_to_end();
         prop_assert_eq!(machine.scheduler.pool.available(), 12);
+    }
+
+    #[test]
+    fn nobody_starves_whatever_the_others_do(
+        (own_client, priority, prompt, more) in (0u64..2, 0i64..=3, 1usize..30, 1usize..18),
+        others in prop::collection::vec((0u64..3, -3i64..=3, 1usize..30, 1usize..18), 1..20),
+        max_batched_tokens in 1usize..24,
+    ) {
+        let mut crowd = Crowd::new(Limits { max_batched_tokens, ..limits() });
+        let mut turn = 0;
+        // Always as many others as the queue takes: of the same client, of another one, or of one that nobody has seen.
+        let mut crowded = |crowd: &mut Crowd| {
+            while crowd.goals.len() < limits().max_waiting + limits().max_sequences {
+                let (client, priority, prompt, more) = others[turn % others.len()];
+                let client = if client == 2 { 100 + turn as u64 } else { client };
+                crowd.add(client, priority, prompt, more);
+                turn += 1;
+            }
+        };
+        for _ in 0..50 {
+            crowded(&mut crowd);
+            crowd.step();
+        }
+        let id = crowd.add(own_client, priority, prompt, more);
+        crowd.steps_to_end(id, crowded);
     }
 }

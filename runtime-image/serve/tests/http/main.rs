@@ -7,6 +7,7 @@
 
 mod access;
 mod answers;
+mod choices;
 mod forms;
 mod life;
 mod refusals;

@@ -183,8 +183,6 @@ async fn bad_requests_get_openai_errors() {
 async fn what_would_change_the_answer_and_is_not_supported_is_refused_and_defaults_pass() {
     let server = Running::start("--max-model-len 128").await;
     for refused in [
-        json!({ "n": 2 }),
-        json!({ "n": "1" }),
         json!({ "best_of": 2 }),
         json!({ "tools": [{ "type": "function" }] }),
         json!({ "tool_choice": "required" }),
