@@ -492,6 +492,11 @@ pub struct QuantizeConfig {
 pub enum QuantizationFormat {
     /// 8 bits in blocks of 32 with one F16 scale.
     Q8_0,
+    /// 4 bits in blocks of 32 with a scale and a minimum, embeddings in 6 bits: near to Q8_0 at little more than half its size.
+    /// For matrices whose columns are no multiple of 256, Q8_0.
+    Q4_K,
+    /// 4 bits in blocks of 32 with one F16 scale, embeddings in Q8_0: the fastest.
+    Q4_0,
     /// 16-bit floats.
     F16,
 }

@@ -143,6 +143,7 @@ fn command(name: &str, serving: &Serving, served: &Served) -> Vec<String> {
     let dtype = match serving.kv_cache_dtype {
         KvCacheDtype::F16 => "f16",
         KvCacheDtype::F32 => "f32",
+        KvCacheDtype::Q8 => "q8",
     };
     let mut command: Vec<String> = ["strata-runtime", "serve"].map(str::to_owned).into();
     if serving.prefix_caching {

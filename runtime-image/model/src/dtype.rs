@@ -2,6 +2,8 @@
 
 use half::{bf16, f16};
 
+use crate::blocks;
+
 /// How the elements of a tensor are stored. Little endian throughout.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Dtype {
@@ -151,8 +153,8 @@ impl Dtype {
 
     /// Converts floats to this type's bytes, appended to `out`. Rounds to nearest.
     ///
-    /// Only the types that this project writes: F32, F16, BF16 and Q8_0 (whose rows must be whole blocks).
-    /// `None` for the others.
+    /// Only the types that this project writes, which are all but Q4_1; `None` for that one, and for values that are no whole
+    /// number of blocks.
     pub fn from_f32(self, values: &[f32], out: &mut Vec<u8>) -> Option<()> {
         out.reserve(self.size_bytes(values.len())?);
         match self {
@@ -165,7 +167,10 @@ impl Dtype {
                 out.extend(f16::from_f32(largest / 127.0).to_le_bytes());
                 out.extend(block.iter().map(|x| (x * inverse).round() as i8 as u8));
             }),
-            Dtype::Q4_0 | Dtype::Q4_1 | Dtype::Q4K | Dtype::Q6K => return None,
+            Dtype::Q4_0 => values.as_chunks().0.iter().for_each(|block| blocks::q4_0(block, out)),
+            Dtype::Q4K => values.as_chunks().0.iter().for_each(|block| blocks::q4_k(block, out)),
+            Dtype::Q6K => values.as_chunks().0.iter().for_each(|block| blocks::q6_k(block, out)),
+            Dtype::Q4_1 => return None,
         }
         Some(())
     }

@@ -44,6 +44,9 @@ pub trait Weights: Send + Sync {
         raw.dtype.to_f32(&raw.bytes, &mut out);
         Ok(out)
     }
+
+    /// Says that the tensors will hardly be read again: memory that only holds what the files hold can go. Reading stays possible.
+    fn release(&self) {}
 }
 
 /// Checks that every tensor of `config` is there with its shape. `path` is named in errors.
@@ -77,6 +80,13 @@ impl Mapped {
         // a model file that is being served gets SIGBUS from any program that maps it.
         let map = unsafe { Mmap::map(&file) }.map_err(|error| ModelError::io(path, error))?;
         Ok(Mapped(Arc::new(map)))
+    }
+
+    /// Gives back the pages that were read; the next read fetches them anew.
+    pub(crate) fn release(&self) {
+        // SAFETY: of a read-only mapping of a file, pages that are dropped come back with the same content.
+        // Refused, it only costs memory.
+        let _ = unsafe { self.0.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
     }
 
     pub(crate) fn bytes(&self) -> &[u8] {

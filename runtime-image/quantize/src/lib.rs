@@ -74,6 +74,8 @@ pub fn run(config: &QuantizeConfig, context: &StageContext) -> Result<Report, St
 fn dtype(format: QuantizationFormat) -> Dtype {
     match format {
         QuantizationFormat::Q8_0 => Dtype::Q8_0,
+        QuantizationFormat::Q4_K => Dtype::Q4K,
+        QuantizationFormat::Q4_0 => Dtype::Q4_0,
         QuantizationFormat::F16 => Dtype::F16,
     }
 }

@@ -103,6 +103,10 @@ impl GgufModel {
 }
 
 impl Weights for GgufModel {
+    fn release(&self) {
+        self.file.release();
+    }
+
     fn shape(&self, name: &str) -> Option<Vec<usize>> {
         Some(self.file.tensor(self.names.get(name)?)?.shape.clone())
     }

@@ -97,6 +97,11 @@ impl Gguf {
         })
     }
 
+    /// Gives back the pages that were read.
+    pub(super) fn release(&self) {
+        self.file.release();
+    }
+
     /// Where the file is.
     pub fn path(&self) -> &Path {
         &self.path

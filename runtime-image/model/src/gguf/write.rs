@@ -26,9 +26,10 @@ pub struct Texts<'a> {
     pub generation: &'a GenerationConfig,
 }
 
-/// Writes the model to `path` with its matrices in `dtype` (F32, F16, BF16 or Q8_0).
+/// Writes the model to `path` with its matrices in `dtype` (any but Q4_1).
 ///
-/// A matrix whose rows are no whole number of blocks is stored as F16. The file is complete when this returns.
+/// With 4 bits, embeddings and output matrix keep more: every token passes through them. A matrix whose rows are no whole number
+/// of blocks is stored in the next finer type. The file is complete when this returns.
 pub fn write(
     path: &Path,
     name: &str,
@@ -91,10 +92,10 @@ pub fn write(
             values = interleave(&values, spec.shape[0], head_dim);
         }
         check_range(path, spec, &values, dtype)?;
-        dtype.from_f32(&values, &mut bytes).ok_or_else(|| {
+        convert(dtype, &values, &mut bytes).ok_or_else(|| {
             ModelError::unsupported(
                 path,
-                format!("{} cannot be written; F32, F16, BF16 and Q8_0 can", dtype.name()),
+                format!("{} cannot be written: choose another format", dtype.name()),
             )
         })?;
         bytes.resize(bytes.len().next_multiple_of(ALIGNMENT), 0);
@@ -130,17 +131,39 @@ fn check_range(path: &Path, spec: &TensorSpec, values: &[f32], dtype: Dtype) -> 
 }
 
 fn stored_dtype(spec: &TensorSpec, dtype: Dtype) -> Dtype {
-    match spec.role {
-        Role::Norm => Dtype::F32,
-        _ if spec
-            .shape
-            .last()
-            .is_some_and(|columns| columns.is_multiple_of(dtype.block().0)) =>
-        {
-            dtype
-        }
-        _ => Dtype::F16,
-    }
+    let wanted: &[Dtype] = match (spec.role, dtype) {
+        (Role::Norm, _) => return Dtype::F32,
+        (Role::Linear, Dtype::Q4K) => &[Dtype::Q4K, Dtype::Q8_0],
+        (_, Dtype::Q4K) => &[Dtype::Q6K, Dtype::Q8_0],
+        (Role::Embedding | Role::Head, Dtype::Q4_0) => &[Dtype::Q8_0],
+        _ => &[dtype],
+    };
+    let columns = spec.shape.last().copied().unwrap_or(1);
+    let fits = wanted.iter().find(|dtype| columns.is_multiple_of(dtype.block().0));
+    fits.copied().unwrap_or(Dtype::F16)
+}
+
+/// [`Dtype::from_f32`] on all processors: rounding to 4 bits tries many scales.
+fn convert(dtype: Dtype, values: &[f32], out: &mut Vec<u8>) -> Option<()> {
+    let threads = std::thread::available_parallelism().map_or(1, |count| count.get());
+    let chunk = values.len().div_ceil(threads).next_multiple_of(dtype.block().0);
+    let parts: Vec<Option<Vec<u8>>> = std::thread::scope(|scope| {
+        let one = |values| {
+            let mut bytes = Vec::new();
+            dtype.from_f32(values, &mut bytes).map(|()| bytes)
+        };
+        let threads: Vec<_> = values
+            .chunks(chunk.max(1))
+            .map(|values| scope.spawn(move || one(values)))
+            .collect();
+        threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+            .collect()
+    });
+    parts
+        .into_iter()
+        .try_for_each(|part| part.map(|bytes| out.extend(bytes)))
 }
 
 fn interleave(values: &[f32], rows: usize, head_dim: usize) -> Vec<f32> {

@@ -131,6 +131,10 @@ impl Safetensors {
 }
 
 impl Weights for Safetensors {
+    fn release(&self) {
+        self.files.iter().for_each(Mapped::release);
+    }
+
     fn shape(&self, name: &str) -> Option<Vec<usize>> {
         Some(self.tensors.get(name)?.shape.clone())
     }

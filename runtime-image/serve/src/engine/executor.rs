@@ -149,12 +149,14 @@ impl Executor {
         } else {
             Arc::new(load(HEAD)?)
         };
+        let final_norm = weights.f32(FINAL_NORM)?;
+        weights.release();
         let layout = layout(config, block_tokens, kv_dtype);
         Ok(Executor {
             isa: isa(),
             embedding,
             layers,
-            final_norm: weights.f32(FINAL_NORM)?,
+            final_norm,
             head,
             rope: RopeTable::new(positions, config.head_dim, f64::from(config.rope_theta)),
             scoring: Scoring::plain(config.head_dim),
