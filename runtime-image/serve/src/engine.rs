@@ -18,6 +18,7 @@ use std::time::Instant;
 use strata_model::Vocabulary;
 use tokio::sync::{mpsc, oneshot};
 
+pub(crate) use constraint::lark_regex;
 pub use constraint::{Constraint, Form, FormError, Forms};
 pub use sample::{Sampling, TokenProb};
 pub use score::{ScoreError, Scorer};

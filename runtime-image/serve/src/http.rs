@@ -11,6 +11,7 @@ mod form;
 mod other;
 mod prepare;
 mod respond;
+mod tools;
 mod unsupported;
 
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -141,8 +141,9 @@ pub(crate) fn lark_regex(regex: &str) -> String {
 
 /// The grammar compiled; its first step tells whether any text has this form.
 fn first_step(factory: &ParserFactory, grammar: TopLevelGrammar) -> Result<Matcher, String> {
-    let matcher = Matcher::new(factory.create_parser(grammar));
-    match matcher.deep_clone().compute_mask_or_eos() {
+    let mut matcher = Matcher::new(factory.create_parser(grammar));
+    // What it takes to find it stays with the matcher, so that copies do not need to find it again.
+    match matcher.compute_mask_or_eos() {
         Ok(_) => Ok(matcher),
         Err(error) => Err(plain(&error.to_string())),
     }

@@ -6,6 +6,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::form::FormFields;
+use super::tools::ToolFields;
 
 /// Fields that chat and plain completions share.
 #[derive(Debug, Default, Deserialize)]
@@ -65,6 +66,8 @@ pub(super) struct ChatRequest {
     #[serde(default)]
     pub(super) chat_template_kwargs: Option<Map<String, Value>>,
     #[serde(flatten)]
+    pub(super) tools: ToolFields,
+    #[serde(flatten)]
     pub(super) rest: Map<String, Value>,
 }
 
@@ -101,6 +104,8 @@ pub(super) struct TokenizeRequest {
     pub(super) prompt: Option<String>,
     #[serde(default)]
     pub(super) messages: Option<Vec<Value>>,
+    #[serde(flatten)]
+    pub(super) tools: ToolFields,
     #[serde(default)]
     pub(super) add_special_tokens: Option<bool>,
     #[serde(default)]

@@ -11,7 +11,7 @@ use super::error::ApiError;
 use super::form;
 use super::prepare::{Prepared, chat_tokens, model, prepare};
 use super::respond::{Shape, answer};
-use super::{Served, State, unsupported};
+use super::{Served, State, tools, unsupported};
 
 pub(super) async fn create(Extract(state): Extract<Arc<State>>, request: Admitted) -> Result<Response, ApiError> {
     answer(state, request, Shape::Chat, prepared).await
@@ -26,9 +26,11 @@ fn prepared(served: &Served, mut request: ChatRequest) -> Result<Prepared, ApiEr
         (false, Some(_)) => return Err(ApiError::invalid("top_logprobs", "top_logprobs needs logprobs: true")),
     };
     let asked = std::mem::take(&mut request.options.form).asked()?;
+    let tools = request.tools.checked()?;
     let tokens = chat_tokens(
         served,
         request.messages,
+        tools.as_ref(),
         true,
         &request.chat_template_kwargs.unwrap_or_default(),
     )?;
@@ -42,6 +44,9 @@ fn prepared(served: &Served, mut request: ChatRequest) -> Result<Prepared, ApiEr
         usize::MAX,
         log_probs,
     )?;
-    prepared.submission.constraint = asked.map(|asked| form::compile(served, asked)).transpose()?;
+    match tools {
+        Some(tools) => tools::apply(served, &mut prepared, &tools, asked)?,
+        None => prepared.submission.constraint = asked.map(|asked| form::compile(served, asked)).transpose()?,
+    }
     Ok(prepared)
 }

@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 
 use super::Served;
 use super::error::ApiError;
-use crate::engine::{Constraint, Form, FormError};
+use crate::engine::{Constraint, Form, FormError, lark_regex};
 
 /// The most texts to choose from.
 const MAX_CHOICES: usize = 4096;
@@ -192,6 +192,11 @@ pub(super) fn schema(json: Value, field: &'static str, lenient: bool, space: Opt
     Ok(Form::Schema(with_options(object, lenient, space)))
 }
 
+/// The schema as [`schema`] makes it, for a grammar around it.
+pub(super) fn inner(schema: Map<String, Value>) -> Value {
+    with_options(schema, true, Some(WHITESPACE))
+}
+
 /// The schema with what llguidance is told beside it.
 fn with_options(schema: Map<String, Value>, lenient: bool, space: Option<&str>) -> Value {
     let mut schema = Value::Object(schema);
@@ -253,4 +258,13 @@ fn choice(texts: &[String], field: &'static str) -> Result<Form, ApiError> {
 /// A text as Lark writes it.
 pub(super) fn literal(text: &str) -> String {
     Value::String(text.to_owned()).to_string()
+}
+
+/// A form as a part of a rule of Lark.
+pub(super) fn within(form: &Form) -> String {
+    match form {
+        Form::Schema(schema) => format!("%json {schema}"),
+        Form::Regex(regex) => lark_regex(regex),
+        Form::Lark(grammar) => format!("%lark {{\n{grammar}\n}}"),
+    }
 }

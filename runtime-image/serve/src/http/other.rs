@@ -52,6 +52,7 @@ fn tokens(served: &Served, request: TokenizeRequest) -> Result<Json<Value>, ApiE
         (None, Some(messages)) => prepare::chat_tokens(
             served,
             messages,
+            request.tools.checked()?.as_ref(),
             request.add_generation_prompt.unwrap_or(true),
             &serde_json::Map::new(),
         )?,

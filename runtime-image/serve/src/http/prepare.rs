@@ -9,6 +9,7 @@ use serde_json::{Map, Value, json};
 use super::Served;
 use super::api::{OneOrMany, Options};
 use super::error::ApiError;
+use super::tools::{self, Reader, Tools};
 use crate::engine::{Sampling, Submission};
 
 /// The most stop strings, and the longest, in bytes.
@@ -27,6 +28,8 @@ pub(super) struct Prepared {
     pub(super) submission: Submission,
     pub(super) stream: bool,
     pub(super) include_usage: bool,
+    /// Finds the calls in an answer that may have some.
+    pub(super) reader: Option<Reader>,
 }
 
 /// Checks that the request is for a model that is served.
@@ -168,6 +171,7 @@ pub(super) fn prepare(
         },
         stream: options.stream == Some(true),
         include_usage: options.stream_options.and_then(|options| options.include_usage) == Some(true),
+        reader: None,
     })
 }
 
@@ -204,10 +208,11 @@ fn stops(stop: Option<OneOrMany>) -> Result<Vec<String>, ApiError> {
     Ok(stops)
 }
 
-/// The tokens of a chat.
+/// The tokens of a chat whose model is told of `tools`.
 pub(super) fn chat_tokens(
     served: &Served,
     messages: Vec<Value>,
+    tools: Option<&Tools>,
     add_generation_prompt: bool,
     arguments: &Map<String, Value>,
 ) -> Result<Vec<u32>, ApiError> {
@@ -234,8 +239,15 @@ pub(super) fn chat_tokens(
         .enumerate()
         .map(|(i, message)| self::message(i, message))
         .collect::<Result<Vec<_>, _>>()?;
+    let (messages, tools) = tools::messages(template.source(), messages, tools)?;
     let rendered = template
-        .render(&served.vocabulary, &messages, None, add_generation_prompt, arguments)
+        .render(
+            &served.vocabulary,
+            &messages,
+            tools.as_ref(),
+            add_generation_prompt,
+            arguments,
+        )
         .map_err(|error| ApiError::invalid("messages", error.to_string()))?;
     served
         .vocabulary
@@ -256,9 +268,11 @@ fn message(i: usize, mut message: Value) -> Result<Value, ApiError> {
     if !ROLES.contains(&role) {
         return Err(wrong(format!(".role is {role:?}; known are {}", ROLES.join(", "))));
     }
-    if role == "developer" {
-        // OpenAI's newer word for the same thing, which templates do not know.
-        object.insert("role".to_owned(), json!("system"));
+    // OpenAI's newer and older words for roles that templates know.
+    match role {
+        "developer" => _ = object.insert("role".to_owned(), json!("system")),
+        "function" => _ = object.insert("role".to_owned(), json!("tool")),
+        _ => (),
     }
     let content = match object.get("content") {
         None | Some(Value::Null) => String::new(),

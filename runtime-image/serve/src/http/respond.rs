@@ -17,6 +17,7 @@ use tokio::sync::mpsc;
 use super::admit::Admitted;
 use super::error::ApiError;
 use super::prepare::{Prepared, random};
+use super::tools::{Part, Reader};
 use super::{Served, State, unix_seconds};
 use crate::engine::{Event, FinishReason, TokenProb, Usage};
 
@@ -98,19 +99,101 @@ async fn respond(served: &Served, prepared: Prepared, shape: Shape) -> Result<Re
         submission,
         stream,
         include_usage,
+        reader,
     } = prepared;
+    let readers = vec![reader; submission.choices];
     let events = served.engine.submit(submission)?;
     if stream {
-        Ok(streamed(frame, events, include_usage))
+        Ok(streamed(frame, events, include_usage, readers))
     } else {
-        whole(frame, events).await
+        whole(frame, events, readers).await
     }
 }
 
-async fn whole(frame: Frame, mut events: mpsc::Receiver<Event>) -> Result<Response, ApiError> {
-    let choices = frame.offsets.len();
-    let mut counting = Counting::new(choices);
-    let mut parts = vec![(String::new(), Vec::new(), None); choices];
+/// One answer, as far as it has come.
+struct Choice {
+    reader: Option<Reader>,
+    content: String,
+    calls: Vec<Value>,
+    log_probs: Vec<LogProbs>,
+    reason: Option<FinishReason>,
+}
+
+impl Choice {
+    fn new(reader: Option<Reader>) -> Self {
+        Choice {
+            reader,
+            content: String::new(),
+            calls: Vec::new(),
+            log_probs: Vec::new(),
+            reason: None,
+        }
+    }
+
+    fn take(&mut self, text: &str, last: bool) {
+        for part in parts(self.reader.as_mut(), text, last) {
+            match part {
+                Part::Content(text) => self.content += &text,
+                Part::Call { id, name, .. } => self.calls.push(json!({
+                    "id": id, "type": "function", "function": { "name": name, "arguments": "" },
+                })),
+                Part::Arguments { index, json } => {
+                    if let Some(Value::String(arguments)) = self.calls[index].pointer_mut("/function/arguments") {
+                        *arguments += &json;
+                    }
+                }
+            }
+        }
+    }
+
+    fn object(self, frame: &Frame, index: usize) -> Value {
+        let log_probs = frame.log_probs(index, &self.log_probs);
+        let reason = self.reason.map(|reason| reason_name(reason, !self.calls.is_empty()));
+        if frame.shape == Shape::Completion {
+            return json!({ "index": index, "text": self.content, "logprobs": log_probs, "finish_reason": reason });
+        }
+        let mut message = json!({ "role": "assistant", "content": self.content, "refusal": null });
+        if !self.calls.is_empty() {
+            if self.content.is_empty() {
+                message["content"] = Value::Null;
+            }
+            message["tool_calls"] = Value::Array(self.calls);
+        }
+        json!({ "index": index, "message": message, "logprobs": log_probs, "finish_reason": reason })
+    }
+}
+
+/// What a text turns out to be; all of it content, if no calls are looked for.
+fn parts(reader: Option<&mut Reader>, text: &str, last: bool) -> Vec<Part> {
+    let Some(reader) = reader else {
+        return if text.is_empty() {
+            Vec::new()
+        } else {
+            vec![Part::Content(text.to_owned())]
+        };
+    };
+    let mut parts = reader.push(text);
+    if last {
+        parts.extend(reader.finish());
+    }
+    parts
+}
+
+/// The word for why an answer ended; one that was completed with calls waits for their results.
+fn reason_name(reason: FinishReason, calls: bool) -> &'static str {
+    match reason {
+        FinishReason::Stop if calls => "tool_calls",
+        reason => reason.name(),
+    }
+}
+
+async fn whole(
+    frame: Frame,
+    mut events: mpsc::Receiver<Event>,
+    readers: Vec<Option<Reader>>,
+) -> Result<Response, ApiError> {
+    let mut counting = Counting::new(readers.len());
+    let mut choices: Vec<Choice> = readers.into_iter().map(Choice::new).collect();
     while counting.running > 0 {
         match events.recv().await {
             Some(Event::Token {
@@ -118,8 +201,8 @@ async fn whole(frame: Frame, mut events: mpsc::Receiver<Event>) -> Result<Respon
                 text,
                 log_probs,
             }) => {
-                parts[choice].0 += &text;
-                parts[choice].1.extend(log_probs);
+                choices[choice].take(&text, false);
+                choices[choice].log_probs.extend(log_probs);
             }
             Some(Event::Finished {
                 choice,
@@ -127,28 +210,18 @@ async fn whole(frame: Frame, mut events: mpsc::Receiver<Event>) -> Result<Respon
                 reason,
                 usage,
             }) => {
-                parts[choice].0 += &text;
-                parts[choice].2 = Some(reason);
+                choices[choice].take(&text, true);
+                choices[choice].reason = Some(reason);
                 counting.ended(&usage);
             }
             None => return Err(ApiError::internal("the engine ended before the answer did")),
         }
     }
-    let choice = |(index, (text, probs, reason)): (usize, (String, Vec<LogProbs>, Option<FinishReason>))| {
-        let log_probs = frame.log_probs(index, &probs);
-        let reason = reason.map(FinishReason::name);
-        match frame.shape {
-            Shape::Chat => json!({
-                "index": index, "message": { "role": "assistant", "content": text, "refusal": null },
-                "logprobs": log_probs, "finish_reason": reason,
-            }),
-            Shape::Completion => {
-                json!({ "index": index, "text": text, "logprobs": log_probs, "finish_reason": reason })
-            }
-        }
-    };
-    let choices = parts.into_iter().enumerate().map(choice).collect();
-    let mut body = frame.object(false, choices);
+    let choices = choices
+        .into_iter()
+        .enumerate()
+        .map(|(index, choice)| choice.object(&frame, index));
+    let mut body = frame.object(false, choices.collect());
     body["usage"] = self::usage(&counting.usage);
     Ok(Json(body).into_response())
 }
@@ -157,18 +230,25 @@ struct Streaming {
     frame: Frame,
     events: mpsc::Receiver<Event>,
     include_usage: bool,
+    readers: Vec<Option<Reader>>,
     counting: Counting,
     pending: VecDeque<String>,
     done: bool,
 }
 
-fn streamed(frame: Frame, events: mpsc::Receiver<Event>, include_usage: bool) -> Response {
-    let choices = frame.offsets.len();
+fn streamed(
+    frame: Frame,
+    events: mpsc::Receiver<Event>,
+    include_usage: bool,
+    readers: Vec<Option<Reader>>,
+) -> Response {
+    let choices = readers.len();
     let mut streaming = Streaming {
         counting: Counting::new(choices),
         frame,
         events,
         include_usage,
+        readers,
         pending: VecDeque::new(),
         done: false,
     };
@@ -202,9 +282,7 @@ impl Streaming {
                 text,
                 log_probs,
             }) => {
-                if !text.is_empty() || log_probs.is_some() {
-                    self.piece(choice, &text, log_probs.as_slice(), None);
-                }
+                self.piece(choice, &text, log_probs.as_slice(), false);
             }
             Some(Event::Finished {
                 choice,
@@ -212,10 +290,9 @@ impl Streaming {
                 reason,
                 usage,
             }) => {
-                if !text.is_empty() {
-                    self.piece(choice, &text, &[], None);
-                }
-                self.piece(choice, "", &[], Some(reason));
+                self.piece(choice, &text, &[], true);
+                let calls = self.readers[choice].as_ref().is_some_and(|reader| reader.calls() > 0);
+                self.choice(choice, json!({}), Value::Null, Some(reason_name(reason, calls)));
                 self.counting.ended(&usage);
                 if self.counting.running > 0 {
                     return;
@@ -238,20 +315,35 @@ impl Streaming {
         }
     }
 
-    fn piece(&mut self, index: usize, text: &str, log_probs: &[LogProbs], reason: Option<FinishReason>) {
-        let log_probs = self.frame.log_probs(index, log_probs);
-        let reason = reason.map(FinishReason::name);
+    /// A chunk for each part of the text; log-probabilities come with the first one.
+    fn piece(&mut self, index: usize, text: &str, log_probs: &[LogProbs], last: bool) {
+        let mut probs = self.frame.log_probs(index, log_probs);
         self.frame.offsets[index] += text.len();
+        let mut parts = parts(self.readers[index].as_mut(), text, last);
+        if parts.is_empty() && !probs.is_null() {
+            parts.push(Part::Content(String::new()));
+        }
+        for part in parts {
+            let delta = match part {
+                Part::Content(text) => json!({ "content": text }),
+                Part::Call { index, id, name } => json!({ "tool_calls": [{
+                    "index": index, "id": id, "type": "function", "function": { "name": name, "arguments": "" },
+                }] }),
+                Part::Arguments { index, json } => {
+                    json!({ "tool_calls": [{ "index": index, "function": { "arguments": json } }] })
+                }
+            };
+            self.choice(index, delta, probs.take(), None);
+        }
+    }
+
+    fn choice(&mut self, index: usize, delta: Value, log_probs: Value, reason: Option<&str>) {
         self.send(vec![match self.frame.shape {
             Shape::Chat => {
-                let delta = if reason.is_some() {
-                    json!({})
-                } else {
-                    json!({ "content": text })
-                };
                 json!({ "index": index, "delta": delta, "logprobs": log_probs, "finish_reason": reason })
             }
             Shape::Completion => {
+                let text = delta["content"].as_str().unwrap_or_default();
                 json!({ "index": index, "text": text, "logprobs": log_probs, "finish_reason": reason })
             }
         }]);

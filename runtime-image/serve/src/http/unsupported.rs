@@ -41,9 +41,7 @@ const UNSUPPORTED: &[(&str, Neutral)] = &[
     ("return_tokens_as_token_ids", False),
     ("return_token_ids", False),
     ("prompt_logprobs", Neutral::None),
-    // Tools.
-    ("tools", Empty),
-    ("tool_choice", Word(&["none", "auto"])),
+    // OpenAI's older form of tools.
     ("functions", Empty),
     ("function_call", Word(&["none", "auto"])),
     // How the prompt is made.

@@ -11,6 +11,7 @@ mod choices;
 mod forms;
 mod life;
 mod refusals;
+mod tools;
 
 use std::path::Path;
 use std::time::{Duration, Instant};

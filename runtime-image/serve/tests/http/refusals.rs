@@ -184,9 +184,6 @@ async fn what_would_change_the_answer_and_is_not_supported_is_refused_and_defaul
     let server = Running::start("--max-model-len 128").await;
     for refused in [
         json!({ "best_of": 2 }),
-        json!({ "tools": [{ "type": "function" }] }),
-        json!({ "tool_choice": "required" }),
-        json!({ "tool_choice": { "type": "function", "function": { "name": "f" } } }),
         json!({ "functions": [{ "name": "f" }] }),
         json!({ "prompt_logprobs": 0 }),
         json!({ "continue_final_message": true }),
