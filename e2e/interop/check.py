@@ -6,12 +6,7 @@ figure that differs by more than its bound ends it with an error.
 
 import json
 import math
-import socket
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import datasets
@@ -21,8 +16,7 @@ import transformers
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-# F32 sums in another order: as much as two implementations of one model may differ in a log-probability.
-LOG_PROB_BOUND = 1e-3
+import served
 
 
 def content(run: Path) -> tuple[dict, Path]:
@@ -84,7 +78,7 @@ def check_aligned(run: Path, gguf: Path, runtime: str) -> None:
             worst = max(worst, abs(before - published) / len(pair[which]))
             parts[which] = likelihood(merged, pair["prompt"], pair[which]) - before
         margins.append(beta * (parts["chosen"] - parts["rejected"]))
-    near(f"base: log-probabilities of {2 * len(pairs)} answers, largest difference a token", worst, 0.0, LOG_PROB_BOUND)
+    near(f"base: log-probabilities of {2 * len(pairs)} answers, largest difference a token", worst, 0.0, served.LOG_PROB_BOUND)
     near("merged: reward margin", sum(margins) / len(margins), manifest["metrics"]["rewardMargin"], 2e-3)
 
     adapted = PeftModel.from_pretrained(base, folder / "adapter").eval()
@@ -98,23 +92,7 @@ def check_aligned(run: Path, gguf: Path, runtime: str) -> None:
 def check_served(model, folder: Path, runtime: str) -> None:
     """The server and transformers: the same prompt tokens for a chat, the same log-probabilities."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    url = f"http://127.0.0.1:{port}"
-    arguments = ["serve", "--model", str(folder), "--served-model-name", "m", "--host", "127.0.0.1", "--port", port]
-    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    server = subprocess.Popen([runtime, *arguments, "--max-model-len", "512"], **silent)
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                post(url + "/tokenize", {"prompt": "x"})
-                break
-            except (urllib.error.URLError, ConnectionError):
-                if time.monotonic() > deadline or server.poll() is not None:
-                    sys.exit("FAILED the server does not start")
-                time.sleep(0.2)
+    with served.server(runtime, folder, "--max-model-len", "512") as url:
         messages = [
             {"role": "user", "content": "Name a play.\n\nPlease!"},
             {"role": "assistant", "content": "Hamlet — by Shakespeare."},
@@ -122,26 +100,23 @@ def check_served(model, folder: Path, runtime: str) -> None:
         ]
         expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
         expected = expected["input_ids"] if hasattr(expected, "keys") else expected
-        got = post(url + "/tokenize", {"messages": messages})["tokens"]
+        got = served.post(url + "/tokenize", {"messages": messages})["tokens"]
         if got != list(expected):
             sys.exit(f"FAILED chat template and tokenizer: {got} here, transformers {expected}")
         print(f"ok  chat template and tokenizer: the same {len(got)} tokens")
         request = {"prompt": got, "max_tokens": 8, "temperature": 0, "logprobs": 5, "model": "m"}
-        answer = post(url + "/v1/completions", request)["choices"][0]["logprobs"]
+        answer = served.post(url + "/v1/completions", request)["choices"][0]["logprobs"]
         tokens, worst = list(got), 0.0
-        for token_text, served in zip(answer["tokens"], answer["token_logprobs"]):
+        for token_text, log_prob in zip(answer["tokens"], answer["token_logprobs"]):
             with torch.no_grad():
                 log_softmax = model(torch.tensor([tokens])).logits[0, -1].double().log_softmax(-1)
             best = int(log_softmax.argmax())
             if tokenizer.decode([best]) != token_text:
                 sys.exit(f"FAILED served: {token_text!r} where transformers says {tokenizer.decode([best])!r}")
-            worst = max(worst, abs(log_softmax[best].item() - served))
+            worst = max(worst, abs(log_softmax[best].item() - log_prob))
             tokens.append(best)
         check_clients(url)
         near("served: log-probabilities of 8 greedy tokens, largest difference", worst, 0.0, 5e-3)
-    finally:
-        server.terminate()
-        server.wait(30)
 
 
 def check_clients(url: str) -> None:
@@ -167,13 +142,6 @@ def check_clients(url: str) -> None:
     if len(set(answers)) != 1 or not answers[0]:
         sys.exit(f"FAILED clients: {answers}")
     print(f"ok  openai {openai.__version__}, three ways to reach the server: {answers[0]!r}")
-
-
-def post(url: str, body: dict) -> dict:
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with direct.open(request, timeout=60) as response:
-        return json.load(response)
 
 
 def check_dataset(name: str, run: Path) -> None:

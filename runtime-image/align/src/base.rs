@@ -23,6 +23,7 @@ impl Base {
     /// Reads a GGUF file or an HF folder.
     pub(crate) fn load(path: &Path) -> Result<Self, StageError> {
         let mut model = LoadedModel::open(path).map_err(model_error)?;
+        model.config.check_trainable(path).map_err(model_error)?;
         // A pretrained model has no template yet; the one that it is aligned with is published with the result.
         let template = match model.chat_template.take() {
             Some(template) => template,

@@ -13,17 +13,23 @@ mod generation;
 pub mod gguf;
 pub mod hf;
 mod load;
+mod places;
+mod rope;
 pub mod synthetic;
 mod tokenizer;
 mod weights;
 
 pub use chat::{ChatTemplate, Rendered};
-pub use config::ModelConfig;
+pub use config::{ModelConfig, Variant};
 pub use dtype::{BLOCK, Dtype, SUPER_BLOCK};
 pub use error::{ModelError, Result};
-pub use family::{EMBEDDING, FINAL_NORM, Family, FamilySpec, HEAD, Role, TensorSpec, layer_name, tensors};
+pub use family::{
+    Activation, EMBEDDING, FINAL_NORM, Family, FamilySpec, HEAD, Role, StoredTensor, TensorSpec, feed_forward_norm,
+    layer_name, stored_tensors, tensors,
+};
 pub use generation::GenerationConfig;
 pub use load::LoadedModel;
+pub use rope::RopeScaling;
 pub use synthetic::MemoryWeights;
 pub use tokenizer::{TokenText, Vocabulary};
 pub use weights::{RawTensor, Weights, check_tensors};

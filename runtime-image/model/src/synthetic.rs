@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 use std::collections::HashMap;
 use std::path::Path;
 
-use crate::config::ModelConfig;
+use crate::config::{ModelConfig, Variant};
 use crate::dtype::Dtype;
 use crate::error::{ModelError, Result};
 use crate::family::{Family, Role, tensors};
@@ -32,6 +32,7 @@ pub fn tiny_config() -> ModelConfig {
         max_positions: 256,
         bos: Some(257),
         eos: vec![258],
+        variant: Variant::PLAIN,
     }
 }
 
@@ -78,7 +79,8 @@ pub fn weights(config: &ModelConfig, seed: u64) -> MemoryWeights {
             .map(|_| {
                 let x = uniform(&mut state);
                 match tensor.role {
-                    Role::Norm => 1.0 + 0.1 * x,
+                    Role::Norm => 1.0 - config.family.spec().norm_offset + 0.1 * x,
+                    Role::Bias => 0.5 * x,
                     Role::Embedding => x,
                     Role::Linear | Role::Head => 1.7 * x / inputs.sqrt(),
                 }

@@ -91,20 +91,6 @@ impl Vocabulary {
 
     /// The ids of `text` with no special token among them, whatever the text says.
     pub fn encode_literal(&self, text: &str) -> Result<Vec<u32>> {
-        let ids = self.encode_without_added_tokens(text)?;
-        if !ids.iter().any(|id| self.is_special(*id)) {
-            return Ok(ids);
-        }
-        // Only a model that merges plain text into a special token comes here: a character alone cannot be one.
-        let mut out = Vec::new();
-        for character in text.chars() {
-            out.extend(self.encode_without_added_tokens(character.encode_utf8(&mut [0; 4]))?);
-        }
-        out.retain(|id| !self.is_special(*id));
-        Ok(out)
-    }
-
-    fn encode_without_added_tokens(&self, text: &str) -> Result<Vec<u32>> {
         let mut normalized = NormalizedString::from(text);
         if let Some(normalizer) = self.tokenizer.get_normalizer() {
             normalizer.normalize(&mut normalized).map_err(failed)?;
@@ -113,8 +99,21 @@ impl Vocabulary {
         if let Some(pre_tokenizer) = self.tokenizer.get_pre_tokenizer() {
             pre_tokenizer.pre_tokenize(&mut pieces).map_err(failed)?;
         }
+        let model = self.tokenizer.get_model();
         pieces
-            .tokenize(|piece| self.tokenizer.get_model().tokenize(piece.get()))
+            .tokenize(|piece| {
+                let tokens = model.tokenize(piece.get())?;
+                if !tokens.iter().any(|token| self.is_special(token.id)) {
+                    return Ok(tokens);
+                }
+                // Only a model that joins plain text to a special token comes here: a character alone cannot be one.
+                let mut apart = Vec::new();
+                for character in piece.get().chars() {
+                    apart.extend(model.tokenize(character.encode_utf8(&mut [0; 4]))?);
+                }
+                apart.retain(|token| !self.is_special(token.id));
+                Ok(apart)
+            })
             .map_err(failed)?;
         let pieces = pieces.get_splits(OffsetReferential::Original, OffsetType::None);
         Ok(pieces
@@ -160,7 +159,17 @@ impl Vocabulary {
 
     /// The token's text as it would appear in an answer; lone bytes of a character appear as U+FFFD.
     pub fn token_text(&self, id: u32) -> String {
-        self.decode(&[id], false).unwrap_or_default()
+        let text = self.decode(&[id], false).unwrap_or_default();
+        // SentencePiece's decoders take away the space that the first token of a text begins with.
+        let spaced = self
+            .tokenizer
+            .id_to_token(id)
+            .is_some_and(|token| token.starts_with('▁'));
+        if spaced && !text.starts_with(' ') {
+            format!(" {text}")
+        } else {
+            text
+        }
     }
 }
 
@@ -187,13 +196,23 @@ impl TokenText {
         }
     }
 
+    /// For an answer to a prompt that ends with `last`: whether its first token begins with a space may depend on that.
+    pub fn after(mut self, vocabulary: &Vocabulary, last: Option<u32>) -> Self {
+        let whole = |id: &u32| !vocabulary.token_text(*id).contains('\u{FFFD}');
+        self.ids = last.filter(whole).into_iter().collect();
+        self.shown = self.ids.len();
+        self
+    }
+
     /// Takes the next token; returns the text that is now complete, possibly empty.
     pub fn push(&mut self, vocabulary: &Vocabulary, id: u32) -> Result<String> {
         self.ids.push(id);
-        let text = self.new_text(vocabulary)?;
-        if text.ends_with('\u{FFFD}') && self.ids.len() - self.shown < MAX_PENDING {
-            return Ok(String::new());
-        }
+        let pending = self.ids.len() - self.shown < MAX_PENDING;
+        let text = match self.new_text(vocabulary)? {
+            Some(text) if !(pending && text.ends_with('\u{FFFD}')) => text,
+            _ if pending => return Ok(String::new()),
+            _ => vocabulary.decode(&self.ids[self.shown..], !self.special)?,
+        };
         self.ids.drain(..self.shown);
         self.shown = self.ids.len();
         Ok(text)
@@ -201,14 +220,19 @@ impl TokenText {
 
     /// The text that was held back, when no more tokens come.
     pub fn finish(&mut self, vocabulary: &Vocabulary) -> Result<String> {
-        let text = self.new_text(vocabulary)?;
+        let text = match self.new_text(vocabulary)? {
+            Some(text) => text,
+            None => vocabulary.decode(&self.ids[self.shown..], !self.special)?,
+        };
         self.shown = self.ids.len();
         Ok(text)
     }
 
-    fn new_text(&self, vocabulary: &Vocabulary) -> Result<String> {
+    /// What the tokens that were not shown add to those that were; `None` while they spoil it: SentencePiece's decoder gives up
+    /// on a whole run of bytes while the last character of the run is incomplete.
+    fn new_text(&self, vocabulary: &Vocabulary) -> Result<Option<String>> {
         let before = vocabulary.decode(&self.ids[..self.shown], !self.special)?;
         let all = vocabulary.decode(&self.ids, !self.special)?;
-        Ok(all.get(before.len()..).unwrap_or_default().to_owned())
+        Ok(all.strip_prefix(before.as_str()).map(str::to_owned))
     }
 }

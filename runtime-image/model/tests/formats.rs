@@ -11,8 +11,8 @@ use proptest::prelude::*;
 use serde_json::{Map, Value, json};
 use strata_model::synthetic::{CHAT_TEMPLATE, byte_tokenizer, tiny_config, weights};
 use strata_model::{
-    ChatTemplate, Dtype, GenerationConfig, LoadedModel, MemoryWeights, ModelConfig, ModelError, Vocabulary, Weights,
-    gguf, hf, tensors,
+    ChatTemplate, Dtype, GenerationConfig, LoadedModel, MemoryWeights, ModelConfig, ModelError, TokenText, Vocabulary,
+    Weights, gguf, hf, tensors,
 };
 
 fn write_gguf_with(
@@ -135,8 +135,13 @@ fn a_model_that_this_engine_cannot_compute_is_refused_by_name() {
         ),
         (
             "rope_scaling",
-            json!({"rope_type": "llama3", "factor": 8.0}),
-            "rotary embeddings of type \"llama3\"",
+            json!({"rope_type": "dynamic", "factor": 8.0}),
+            "rotary embeddings of type \"dynamic\" are not supported; \"default\", \"linear\",",
+        ),
+        (
+            "rope_scaling",
+            json!({"rope_type": "linear", "factor": 0.0}),
+            "a number that is not above 0",
         ),
         ("attention_bias", json!(true), "attention_bias is true"),
         ("hidden_act", json!("gelu"), "hidden_act is \"gelu\""),
@@ -180,7 +185,10 @@ fn an_unknown_gguf_architecture_is_a_typed_error_with_the_known_ones() {
     patch(&file, b"general.architecture", 20 + 4 + 8, b"mamba");
     match LoadedModel::open(&file).unwrap_err() {
         ModelError::UnknownArchitecture { found, known, .. } => {
-            assert_eq!((found.as_str(), known.as_str()), ("mamba", "llama"))
+            assert_eq!(
+                (found.as_str(), known.as_str()),
+                ("mamba", "llama, qwen2, qwen3, gemma, gemma2, gemma3, phi3")
+            )
         }
         other => panic!("{other}"),
     }
@@ -290,6 +298,109 @@ fn a_value_that_the_format_cannot_hold_is_refused_by_name() {
         write(f32::NAN, Dtype::Q8_0),
         Err(ModelError::Malformed { .. })
     ));
+}
+
+/// SentencePiece's BPE as Llama 2, Mistral and Phi-3 have it: byte tokens, "▁" for a space, special tokens among the others.
+fn sentence_piece(prefix: bool) -> Value {
+    let mut tokens: Vec<String> = ["<unk>", "<s>", "</s>"].map(str::to_owned).to_vec();
+    tokens.extend((0..256).map(|byte| format!("<0x{byte:02X}>")));
+    let pairs = [
+        ("▁", "t"),
+        ("h", "e"),
+        ("▁t", "he"),
+        ("▁the", "s"),
+        ("s", ">"),
+        ("<", "s>"),
+        ("▁", "▁"),
+        ("l", "l"),
+        ("e", "ll"),
+    ];
+    let characters = ["▁", "t", "h", "e", "s", "<", "/", ">", "l", "o"];
+    tokens.extend(characters.map(str::to_owned));
+    // The pair "<" + "s>" makes a special token out of plain text: nobody's real merges do, and the guard holds even then.
+    tokens.extend(
+        pairs
+            .iter()
+            .map(|(a, b)| format!("{a}{b}"))
+            .filter(|text| text != "<s>"),
+    );
+    let normalizer = json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"});
+    let special = |id: u32, text: &str| json!({"id": id, "content": text, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true});
+    let mut decoders = vec![
+        json!({"type": "Replace", "pattern": {"String": "▁"}, "content": " "}),
+        json!({"type": "ByteFallback"}),
+        json!({"type": "Fuse"}),
+    ];
+    if prefix {
+        decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
+    }
+    json!({
+        "version": "1.0", "truncation": null, "padding": null, "pre_tokenizer": null, "post_processor": null,
+        "added_tokens": [special(0, "<unk>"), special(1, "<s>"), special(2, "</s>")],
+        "normalizer": match prefix {
+            true => json!({"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, normalizer]}),
+            false => normalizer,
+        },
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": {
+            "type": "BPE", "dropout": null, "unk_token": "<unk>", "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": true, "byte_fallback": true, "ignore_merges": false,
+            "vocab": tokens.iter().enumerate().map(|(id, text)| (text.clone(), json!(id))).collect::<Map<_, _>>(),
+            "merges": pairs.map(|(a, b)| json!([a, b])),
+        },
+    })
+}
+
+#[test]
+fn sentence_piece_reads_and_streams_alike_from_both_formats_and_keeps_its_special_tokens() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("a.gguf");
+    for prefix in [true, false] {
+        let json = sentence_piece(prefix);
+        let config = ModelConfig {
+            vocab_size: json["model"]["vocab"].as_object().unwrap().len(),
+            bos: Some(1),
+            eos: vec![2],
+            ..tiny_config()
+        };
+        write_gguf_with(&file, &config, &weights(&config, 1), &json, Dtype::F32).unwrap();
+        assert_eq!(
+            gguf::Gguf::open(&file).unwrap().string("tokenizer.ggml.model"),
+            Some("llama")
+        );
+        // A file of somebody else's has the lists only.
+        patch(&file, b"tokenizer.huggingface.json", 0, b"tokenizer.somebody");
+        let read = LoadedModel::open(&file).unwrap().vocabulary;
+        let whole = Vocabulary::from_json(&json).unwrap();
+        for text in ["the cells", " the  these\nö🎭", "hello <s>x</s> the", "", "the"] {
+            let ids = whole.encode_literal(text).unwrap();
+            assert_eq!(
+                read.encode(text, false).unwrap(),
+                whole.encode(text, false).unwrap(),
+                "{text:?}"
+            );
+            assert!(!ids.iter().any(|id| whole.is_special(*id)), "{text:?}: {ids:?}");
+            assert!(!read.encode_literal(text).unwrap().iter().any(|id| read.is_special(*id)));
+            assert_eq!(whole.decode(&ids, true).unwrap(), text, "{ids:?}");
+            // Streamed after a prompt, nothing is lost between the two: neither a space nor part of a character.
+            for split in 0..ids.len() {
+                let prompt = whole.decode(&ids[..split], true).unwrap();
+                if prompt.ends_with('\u{FFFD}') {
+                    continue;
+                }
+                let mut stream = TokenText::default().after(&whole, ids[..split].last().copied());
+                let mut answer = String::new();
+                for id in &ids[split..] {
+                    answer += &stream.push(&whole, *id).unwrap();
+                }
+                answer += &stream.finish(&whole).unwrap();
+                assert_eq!(prompt + &answer, text, "{ids:?} at {split}");
+            }
+        }
+        let the = whole.encode("the", false).unwrap();
+        let shown: String = the.iter().map(|id| whole.token_text(*id)).collect();
+        assert_eq!(shown.trim_start(), "the");
+    }
 }
 
 fn ids(template: &ChatTemplate, vocabulary: &Vocabulary, messages: &Value, opens_turn: bool) -> Vec<u32> {

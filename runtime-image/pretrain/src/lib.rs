@@ -17,7 +17,7 @@ use strata_artifact::{Draft, Opened, RunFolder, Verify, check_figures, open};
 use strata_contract::{ArtifactKind, FailureReason, Gate, PretrainConfig, Report};
 use strata_encode::TextTokenizer;
 use strata_evaluate::{EvaluationSet, Trigram, score_text};
-use strata_model::{Family, GenerationConfig, ModelConfig};
+use strata_model::{Family, GenerationConfig, ModelConfig, Variant};
 use strata_stage::{StageContext, StageError};
 use strata_train::{
     Body, Executor, Job, ModelFiles, Named, Scorer, clean_up, evaluate_error, model_error, write_evaluation,
@@ -184,6 +184,7 @@ fn model_config(config: &PretrainConfig, tokenizer: &TextTokenizer) -> Result<Mo
         max_positions: shape.context_tokens as usize,
         bos: Some(tokenizer.end_of_text()),
         eos: vec![tokenizer.end_of_text()],
+        variant: Variant::PLAIN,
     };
     let checked = model.check("spec.model".as_ref());
     checked.map_err(|error| StageError::new(FailureReason::ConfigInvalid, model_error(error).message))?;

@@ -148,7 +148,7 @@ impl Layout {
     pub fn decayed(&self) -> Vec<(Range<usize>, bool)> {
         let mut all: Vec<(Range<usize>, bool)> = Vec::new();
         for (tensor, range) in &self.tensors {
-            let decayed = tensor.role != Role::Norm;
+            let decayed = !matches!(tensor.role, Role::Norm | Role::Bias);
             match all.last_mut() {
                 Some((last, same)) if *same == decayed => last.end = range.end,
                 _ => all.push((range.clone(), decayed)),
@@ -171,6 +171,7 @@ pub fn initialize(config: &ModelConfig, layout: &Layout, seed: u64) -> Vec<f32> 
         let deviation = if writes_residual { residual } else { 1.0 } / (3.0 * inputs).sqrt();
         match tensor.role {
             Role::Norm => weights[range.clone()].fill(1.0),
+            Role::Bias => {}
             _ => weights[range.clone()]
                 .iter_mut()
                 .for_each(|w| *w = (random.normal() * deviation) as f32),

@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "in a test an unwrap is an assertion")]
 
 use candle_core::Device;
-use strata_model::{Family, ModelConfig};
+use strata_model::{Family, ModelConfig, Variant};
 use strata_train::{Batch, Body, Executor, Gradients, Keep, Lora, Random, Tape, initialize};
 
 const CONFIG: ModelConfig = ModelConfig {
@@ -22,6 +22,7 @@ const CONFIG: ModelConfig = ModelConfig {
     max_positions: 32,
     bos: None,
     eos: Vec::new(),
+    variant: Variant::PLAIN,
 };
 
 struct Case {

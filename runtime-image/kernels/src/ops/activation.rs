@@ -36,6 +36,47 @@ pub fn silu_mul(y: &mut [f32], gate: &[f32], up: &[f32]) {
     });
 }
 
+vectorized! {
+    fn gelu_forward(y: &mut [f32], gate: &[f32], up: &[f32]) {
+        // gelu(x) = x · (1 + tanh(u)) / 2 = x / (1 + e^-2u), u = sqrt(2 / π) · (x + 0.044715 x³)
+        const TWICE: f32 = 2.0 * 0.797_884_6;
+        for ((y, x), up) in y.iter_mut().zip(gate).zip(up) {
+            *y = x / (1.0 + exp(-TWICE * (x + 0.044_715 * x * x * x))) * up;
+        }
+    }
+}
+
+vectorized! {
+    fn cap(values: &mut [f32], cap: f32) {
+        for value in values {
+            // tanh(z) = 1 - 2 / (1 + e^2z); beyond ±9 it is ±1 in single precision.
+            let z = (*value / cap).clamp(-9.0, 9.0);
+            *value = cap * (1.0 - 2.0 / (1.0 + exp(2.0 * z)));
+        }
+    }
+}
+
+/// Replaces each value by `cap · tanh(value / cap)`: Gemma's bound of logits. Inference only.
+pub fn soft_cap(values: &mut [f32], cap: f32) {
+    let len = values.len();
+    let out = Disjoint::new(values);
+    pool::parallel_for_min(len, MIN_CHUNK, |range| {
+        // SAFETY: chunks are disjoint.
+        self::cap(unsafe { out.slice_mut(range) }, cap);
+    });
+}
+
+/// `y = gelu(gate) · up`, element by element, with GELU in its tanh form: Gemma's activation. Inference only.
+pub fn gelu_mul(y: &mut [f32], gate: &[f32], up: &[f32]) {
+    assert!(y.len() == gate.len() && y.len() == up.len(), "gelu_mul: shapes differ");
+    let out = Disjoint::new(y);
+    pool::parallel_for_min(gate.len(), MIN_CHUNK, |range| {
+        // SAFETY: chunks are disjoint.
+        let y = unsafe { out.slice_mut(range.clone()) };
+        gelu_forward(y, &gate[range.clone()], &up[range]);
+    });
+}
+
 /// Sets the gradients of [`silu_mul`].
 pub fn silu_mul_backward(dgate: &mut [f32], dup: &mut [f32], dy: &[f32], gate: &[f32], up: &[f32]) {
     let len = dy.len();
@@ -55,6 +96,18 @@ pub fn silu_mul_backward(dgate: &mut [f32], dup: &mut [f32], dy: &[f32], gate: &
 mod tests {
     use super::super::testing::{check_gradient, numbers, weigh};
     use super::*;
+
+    #[test]
+    fn gelu_is_its_tanh_form() {
+        // torch.nn.functional.gelu(torch.tensor([-3., -1., 0., .5, 2., 20.]), approximate="tanh")
+        let x = [-3.0, -1.0, 0.0, 0.5, 2.0, 20.0];
+        let expected = [-0.003_637_4, -0.158_808_01, 0.0, 0.345_714, 1.954_597_7, 20.0];
+        let mut y = [0.0; 6];
+        gelu_mul(&mut y, &x, &[1.0; 6]);
+        for (got, expected) in y.iter().zip(expected) {
+            assert!((got - expected).abs() < 1e-6, "{y:?}");
+        }
+    }
 
     #[test]
     fn gradients_equal_finite_differences() {

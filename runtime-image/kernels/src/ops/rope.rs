@@ -7,6 +7,7 @@ use crate::pool::{self, Disjoint};
 #[derive(Clone, Debug, Default)]
 pub struct RopeTable {
     half: usize,
+    head_dim: usize,
     cos: Vec<f32>,
     sin: Vec<f32>,
 }
@@ -24,11 +25,30 @@ impl RopeTable {
     /// Angles `position · theta^(-2i / head_dim)` for positions below `positions`; `head_dim` is even.
     pub fn new(positions: usize, head_dim: usize, theta: f64) -> Self {
         let half = head_dim / 2;
-        let angle = |i: usize| (i / half) as f64 * theta.powf(-((i % half) as f64) / half as f64);
+        let frequencies: Vec<f64> = (0..half).map(|i| theta.powf(-(i as f64) / half as f64)).collect();
+        Self::from_frequencies(positions, head_dim, &frequencies, 1.0)
+    }
+
+    /// Angles `position · frequencies[i]` for positions below `positions`. Of a head's `head_dim` elements the first
+    /// `2 · frequencies.len()` are turned, element `i` with element `i + frequencies.len()`, and multiplied by `scale`.
+    ///
+    /// Panics when a head has fewer elements than that.
+    pub fn from_frequencies(positions: usize, head_dim: usize, frequencies: &[f64], scale: f32) -> Self {
+        let half = frequencies.len();
+        assert!(
+            half > 0 && 2 * half <= head_dim,
+            "{half} frequencies for a head of {head_dim}"
+        );
+        let angles = (0..positions).flat_map(|position| frequencies.iter().map(move |f| position as f64 * f));
+        let (sin, cos) = angles
+            .map(f64::sin_cos)
+            .map(|(sin, cos)| ((sin * f64::from(scale)) as f32, (cos * f64::from(scale)) as f32))
+            .unzip();
         Self {
             half,
-            cos: (0..positions * half).map(|i| angle(i).cos() as f32).collect(),
-            sin: (0..positions * half).map(|i| angle(i).sin() as f32).collect(),
+            head_dim,
+            cos,
+            sin,
         }
     }
 
@@ -52,13 +72,13 @@ vectorized! {
 ///
 /// Panics if a position is not below the table's limit.
 pub fn rope(x: &mut [f32], positions: &[u32], table: &RopeTable, turn: Turn) {
-    let (half, rows) = (table.half, positions.len());
+    let (half, head_dim, rows) = (table.half, table.head_dim, positions.len());
     if rows == 0 {
         return;
     }
     let width = x.len() / rows;
     assert!(
-        x.len() == rows * width && width.is_multiple_of(2 * half),
+        x.len() == rows * width && width.is_multiple_of(head_dim),
         "rope: shapes differ"
     );
     let sign = if turn == Turn::Forward { 1.0 } else { -1.0 };
@@ -68,9 +88,9 @@ pub fn rope(x: &mut [f32], positions: &[u32], table: &RopeTable, turn: Turn) {
             let at = positions[row] as usize * half..(positions[row] as usize + 1) * half;
             let (cos, sin) = (&table.cos[at.clone()], &table.sin[at]);
             // SAFETY: each row is given to one chunk.
-            for head in unsafe { x.slice_mut(row * width..(row + 1) * width) }.chunks_exact_mut(2 * half) {
+            for head in unsafe { x.slice_mut(row * width..(row + 1) * width) }.chunks_exact_mut(head_dim) {
                 let (low, high) = head.split_at_mut(half);
-                turn_head(low, high, cos, sin, sign);
+                turn_head(low, &mut high[..half], cos, sin, sign);
             }
         }
     });

@@ -2,6 +2,8 @@
 
 mod model;
 mod parse;
+mod rope;
+mod spm;
 mod tokenizer;
 mod write;
 

@@ -1,18 +1,18 @@
 //! A GGUF file as a model: its metadata as [`ModelConfig`], its tensors in HF's names and row order.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::GENERATION;
 use super::parse::{Gguf, TensorInfo};
 use super::tokenizer::tokenizer_json;
-use crate::config::ModelConfig;
+use super::{GENERATION, rope};
+use crate::config::{ModelConfig, Variant};
 use crate::dtype::Dtype;
 use crate::error::{ModelError, Result};
-use crate::family::{Family, gguf_interleaved_head_dim, gguf_row_to_hf, tensors};
+use crate::family::{Family, Locality, Role, gguf_interleaved_head_dim, gguf_row_to_hf, tensors};
 use crate::generation::GenerationConfig;
+use crate::places::{Place, Places};
 use crate::weights::{RawTensor, Weights, check_tensors};
 
 /// The tensors of a GGUF file.
@@ -20,8 +20,7 @@ use crate::weights::{RawTensor, Weights, check_tensors};
 pub struct GgufModel {
     file: Gguf,
     config: ModelConfig,
-    /// HF's name to GGUF's.
-    names: HashMap<String, String>,
+    places: Places,
 }
 
 /// What a GGUF file holds.
@@ -39,11 +38,8 @@ pub(crate) struct Opened {
 pub fn open(path: &Path) -> Result<GgufModel> {
     let file = Gguf::open(path)?;
     let config = config(&file)?;
-    let names = tensors(&config)
-        .into_iter()
-        .map(|tensor| (tensor.name, tensor.gguf_name))
-        .collect();
-    let model = GgufModel { file, config, names };
+    let places = Places::new(&config);
+    let model = GgufModel { file, config, places };
     check_tensors(&model, &model.config, path)?;
     for tensor in tensors(&model.config) {
         model.dtype(&tensor.name)?;
@@ -96,9 +92,10 @@ impl GgufModel {
         &self.file
     }
 
-    fn tensor(&self, name: &str) -> Result<&TensorInfo> {
-        let info = self.names.get(name).and_then(|name| self.file.tensor(name));
-        info.ok_or_else(|| ModelError::malformed(self.file.path(), format!("tensor {name} is missing")))
+    fn tensor(&self, name: &str) -> Result<(&Place, &TensorInfo)> {
+        let place = self.places.get(name);
+        let found = place.and_then(|place| Some((place, self.file.tensor(&place.gguf)?)));
+        found.ok_or_else(|| ModelError::malformed(self.file.path(), format!("tensor {name} is missing")))
     }
 }
 
@@ -108,26 +105,34 @@ impl Weights for GgufModel {
     }
 
     fn shape(&self, name: &str) -> Option<Vec<usize>> {
-        Some(self.file.tensor(self.names.get(name)?)?.shape.clone())
+        let place = self.places.get(name)?;
+        Some(place.shape(self.file.tensor(&place.gguf)?.shape.clone()))
     }
 
     fn dtype(&self, name: &str) -> Result<Dtype> {
-        let dtype = self.tensor(name)?.dtype();
+        let dtype = self.tensor(name)?.1.dtype();
         dtype.map_err(|what| ModelError::unsupported(self.file.path(), format!("tensor {name}: {what}")))
     }
 
     fn raw(&self, name: &str) -> Result<RawTensor<'_>> {
-        let (info, dtype) = (self.tensor(name)?, self.dtype(name)?);
-        let stored = self.file.tensor_bytes(info);
+        let ((place, info), dtype) = (self.tensor(name)?, self.dtype(name)?);
+        let shape = place.shape(info.shape.clone());
+        let stored = place.bytes(self.file.tensor_bytes(info));
+        let offset = self.config.family.spec().norm_offset;
+        if place.role == Role::Norm && offset != 0.0 {
+            let mut values = vec![0.0; shape.iter().product()];
+            dtype.to_f32(stored, &mut values);
+            return Ok(RawTensor {
+                dtype: Dtype::F32,
+                shape,
+                bytes: values.iter().flat_map(|x| (x - offset).to_le_bytes()).collect(),
+            });
+        }
         let bytes = match gguf_interleaved_head_dim(&self.config, name) {
             None => Cow::Borrowed(stored),
-            Some(head_dim) => Cow::Owned(undo_interleaving(stored, info.shape[0], head_dim)),
+            Some(head_dim) => Cow::Owned(undo_interleaving(stored, shape[0], head_dim)),
         };
-        Ok(RawTensor {
-            dtype,
-            shape: info.shape.clone(),
-            bytes,
-        })
+        Ok(RawTensor { dtype, shape, bytes })
     }
 }
 
@@ -153,11 +158,7 @@ fn config(file: &Gguf) -> Result<ModelConfig> {
     let family = family.ok_or_else(|| ModelError::UnknownArchitecture {
         path: path.to_owned(),
         found: found.to_owned(),
-        known: Family::ALL
-            .iter()
-            .map(|family| family.spec().gguf_architecture)
-            .collect::<Vec<_>>()
-            .join(", "),
+        known: architectures(),
     })?;
     let optional = |key: &str| -> Result<Option<usize>> {
         let key = format!("{found}.{key}");
@@ -175,21 +176,13 @@ fn config(file: &Gguf) -> Result<ModelConfig> {
     let required = |key: &str| -> Result<usize> {
         optional(key)?.ok_or_else(|| ModelError::malformed(path, format!("metadata {found}.{key} is missing")))
     };
-    if let Some(kind) = file
-        .string(&format!("{found}.rope.scaling.type"))
-        .filter(|kind| *kind != "none")
-    {
-        return Err(ModelError::unsupported(
-            path,
-            format!("rotary scaling of type {kind:?} is not supported"),
-        ));
-    }
     for (tensor, what) in [
-        ("rope_freqs.weight", "scaled rotary frequencies"),
         ("blk.0.attn_q.bias", "biases"),
+        ("blk.0.attn_qkv.bias", "biases"),
+        ("blk.0.attn_output.bias", "biases"),
         ("blk.0.ffn_gate_inp.weight", "experts"),
     ] {
-        if file.tensor(tensor).is_some() {
+        if file.tensor(tensor).is_some() && !(family.spec().qkv_bias && tensor == "blk.0.attn_q.bias") {
             return Err(ModelError::unsupported(
                 path,
                 format!("the model has {what} (tensor {tensor}), which this engine does not compute"),
@@ -208,12 +201,19 @@ fn config(file: &Gguf) -> Result<ModelConfig> {
             ));
         }
     };
-    if let Some(rotated) = optional("rope.dimension_count")?.filter(|rotated| *rotated != head_dim) {
-        return Err(ModelError::unsupported(
-            path,
-            format!("{rotated} of {head_dim} dimensions of a head are rotated; this engine rotates all"),
-        ));
-    }
+    let layers = required("block_count")?;
+    let max_positions = required("context_length")?;
+    let rotary_dim = optional("rope.dimension_count")?.filter(|rotated| *rotated != head_dim);
+    let float = |key: &str| file.float(&format!("{found}.{key}")).map(|value| value as f32);
+    let defaults = family.spec().defaults;
+    let window = optional("attention.sliding_window")?.filter(|window| *window > 0);
+    // A window is what tells Mistral from Llama, which share their architecture in GGUF.
+    let family = match window {
+        Some(_) if family == Family::Llama => Family::Mistral,
+        _ => family,
+    };
+    let window = window.filter(|_| family.spec().locality != Locality::Named && layers <= 1 << 10);
+    let query_scale = assumed_query_scale(family, layers, hidden_size, heads);
     let embedding = file
         .tensor("token_embd.weight")
         .ok_or_else(|| ModelError::malformed(path, "tensor token_embd.weight is missing"))?;
@@ -225,21 +225,49 @@ fn config(file: &Gguf) -> Result<ModelConfig> {
     let config = ModelConfig {
         family,
         hidden_size,
-        layers: required("block_count")?,
+        layers,
         heads,
         kv_heads: optional("attention.head_count_kv")?.unwrap_or(heads),
         head_dim,
         intermediate_size: required("feed_forward_length")?,
         vocab_size: embedding.shape[0],
-        rope_theta: file.float(&format!("{found}.rope.freq_base")).unwrap_or(10_000.0) as f32,
-        norm_eps: file
-            .float(&format!("{found}.attention.layer_norm_rms_epsilon"))
-            .unwrap_or(1e-5) as f32,
+        rope_theta: float("rope.freq_base").unwrap_or(defaults.rope_theta),
+        norm_eps: float("attention.layer_norm_rms_epsilon").unwrap_or(1e-5),
         tie_embeddings: file.tensor("output.weight").is_none(),
-        max_positions: required("context_length")?,
+        max_positions,
         bos: id("tokenizer.ggml.bos_token_id"),
         eos,
+        variant: Variant {
+            rope: rope::read(file, found, max_positions)?,
+            rotary_dim,
+            query_scale: query_scale.filter(|scale| *scale != head_dim as f32),
+            attention_soft_cap: float("attn_logit_softcapping").or(defaults.soft_caps.0),
+            logit_soft_cap: float("final_logit_softcapping").or(defaults.soft_caps.1),
+            window,
+            local_layers: window.map_or(Vec::new(), |_| family.local_layers(layers)),
+            local_rope_theta: window.and(
+                defaults
+                    .local_rope_theta
+                    .map(|theta| float("rope.freq_base_swa").unwrap_or(theta)),
+            ),
+        },
     };
     config.check(path)?;
     Ok(config)
+}
+
+/// What scores are scaled by, where it is not the head's width. GGUF has no key for it: the largest Gemmas divide by the width
+/// of the model over its heads, and llama.cpp knows them by their number of layers.
+pub(super) fn assumed_query_scale(family: Family, layers: usize, hidden_size: usize, heads: usize) -> Option<f32> {
+    let large = matches!((family, layers), (Family::Gemma2, 46) | (Family::Gemma3, 62));
+    (large && heads > 0).then(|| (hidden_size / heads) as f32)
+}
+
+fn architectures() -> String {
+    let mut names: Vec<&str> = Family::ALL
+        .iter()
+        .map(|family| family.spec().gguf_architecture)
+        .collect();
+    names.dedup();
+    names.join(", ")
 }

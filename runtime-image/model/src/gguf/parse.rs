@@ -180,6 +180,22 @@ impl Gguf {
         Some(out)
     }
 
+    /// A list of floats.
+    pub fn floats(&self, key: &str) -> Option<Vec<f64>> {
+        let Some(Value::Array(array)) = self.get(key) else {
+            return None;
+        };
+        let mut cursor = Cursor {
+            bytes: self.file.range(&array.bytes),
+            at: 0,
+        };
+        let one = |cursor: &mut Cursor<'_>| match cursor.value(array.kind, 0).ok()? {
+            Value::Float(value) => Some(value),
+            _ => None,
+        };
+        (0..array.len).map(|_| one(&mut cursor)).collect()
+    }
+
     /// A tensor's entry.
     pub fn tensor(&self, name: &str) -> Option<&TensorInfo> {
         self.tensors.get(name)

@@ -6,6 +6,7 @@
 use serde_json::{Value, json};
 
 use super::parse::Gguf;
+use super::spm;
 use crate::error::{ModelError, Result};
 
 /// GGUF's key for a whole `tokenizer.json`; it says everything, so it wins over the separate lists.
@@ -33,17 +34,31 @@ fn definition(name: &str) -> Option<(Value, Value, bool)> {
             json!({"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": true}, byte_level(true)]}),
             false,
         ),
-        "llama-bpe" | "llama3" | "llama-v3" => (
+        "llama-bpe" | "llama3" | "llama-v3" | "falcon3" => (
             Value::Null,
             split(
                 r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
             ),
             true,
         ),
-        "qwen2" => (
+        "qwen2" | "deepseek-r1-qwen" => (
             json!({"type": "NFC"}),
             split(
                 r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+            ),
+            false,
+        ),
+        "tekken" => (
+            Value::Null,
+            split(
+                r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+            ),
+            true,
+        ),
+        "gpt-4o" => (
+            Value::Null,
+            split(
+                r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
             ),
             false,
         ),
@@ -52,7 +67,7 @@ fn definition(name: &str) -> Option<(Value, Value, bool)> {
 }
 
 /// The names that [`pre_tokenizer_name`] tries, in order.
-const NAMES: [&str; 4] = ["gpt-2", "smollm", "llama-bpe", "qwen2"];
+const NAMES: [&str; 6] = ["gpt-2", "smollm", "llama-bpe", "qwen2", "tekken", "gpt-4o"];
 
 /// GGUF's name for how a `tokenizer.json` splits text; `None` if GGUF has no name for it that this engine knows. All that a
 /// name stands for must be the same: a reader of the file has nothing else.
@@ -91,19 +106,22 @@ pub(super) fn tokenizer_json(file: &Gguf) -> Result<Value> {
             .map_err(|error| ModelError::malformed(path, format!("metadata {HF_JSON}: {error}")));
     }
     let model = file.string("tokenizer.ggml.model").unwrap_or("none");
-    if model != "gpt2" {
-        return Err(ModelError::unsupported(
-            path,
-            format!("tokenizer model {model:?} is not supported; \"gpt2\" (byte-level BPE) is"),
-        ));
-    }
+    let sentence_piece = match model {
+        "gpt2" => false,
+        "llama" => true,
+        other => {
+            return Err(ModelError::unsupported(
+                path,
+                format!(
+                    "tokenizer model {other:?} is not supported; \"gpt2\" (byte-level BPE) and \"llama\" (SentencePiece's BPE) are"
+                ),
+            ));
+        }
+    };
     let missing = |key: &str| ModelError::malformed(path, format!("metadata {key} is missing or of the wrong type"));
     let tokens = file
         .strings("tokenizer.ggml.tokens")
         .ok_or_else(|| missing("tokenizer.ggml.tokens"))?;
-    let merges = file
-        .strings("tokenizer.ggml.merges")
-        .ok_or_else(|| missing("tokenizer.ggml.merges"))?;
     let types = file
         .integers("tokenizer.ggml.token_type")
         .ok_or_else(|| missing("tokenizer.ggml.token_type"))?;
@@ -113,27 +131,17 @@ pub(super) fn tokenizer_json(file: &Gguf) -> Result<Value> {
             format!("{} tokens have {} types", tokens.len(), types.len()),
         ));
     }
-    // "default" and nothing at all say that whoever wrote the file did not know: a guess would be other tokens.
-    let name = file.string("tokenizer.ggml.pre").unwrap_or("default");
-    let (normalizer, pre_tokenizer, ignore_merges) = definition(name).ok_or_else(|| {
-        ModelError::unsupported(
-            path,
-            format!(
-                "pre-tokenizer {name:?} is not known; known are {}: use the model's Hugging Face folder, or a file that \
-                 names one of them",
-                NAMES.join(", ")
-            ),
-        )
-    })?;
-
+    let phi3 = file.string("general.architecture") == Some("phi3");
     let added: Vec<Value> = tokens
         .iter()
         .zip(&types)
         .enumerate()
         .filter(|(_, (_, kind))| [UNKNOWN, CONTROL.into(), USER_DEFINED.into()].contains(kind))
         .map(|(id, (text, kind))| {
+            // Phi-3's own files say so; GGUF has no place for it, and llama.cpp knows it by the architecture.
+            let rstrip = sentence_piece && phi3 && text.starts_with("<|") && *text != "<|endoftext|>";
             json!({
-                "id": id, "content": text, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
+                "id": id, "content": text, "single_word": false, "lstrip": false, "rstrip": rstrip, "normalized": false,
                 "special": *kind != i64::from(USER_DEFINED),
             })
         })
@@ -141,7 +149,7 @@ pub(super) fn tokenizer_json(file: &Gguf) -> Result<Value> {
     let bos = file
         .unsigned("tokenizer.ggml.bos_token_id")
         .and_then(|id| Some((id, *tokens.get(usize::try_from(id).ok()?)?)));
-    let post_processor = match bos.filter(|_| file.bool("tokenizer.ggml.add_bos_token") == Some(true)) {
+    let post_processor = match bos.filter(|_| file.bool("tokenizer.ggml.add_bos_token").unwrap_or(sentence_piece)) {
         Some((id, text)) => json!({
             "type": "TemplateProcessing",
             "single": [{"SpecialToken": {"id": text, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
@@ -158,6 +166,42 @@ pub(super) fn tokenizer_json(file: &Gguf) -> Result<Value> {
     if vocab.len() != tokens.len() {
         return Err(ModelError::malformed(path, "two token ids have the same text"));
     }
+    let (normalizer, pre_tokenizer, decoder, model) = match sentence_piece {
+        true => {
+            let scores = file
+                .floats("tokenizer.ggml.scores")
+                .filter(|scores| scores.len() == tokens.len())
+                .ok_or_else(|| missing("tokenizer.ggml.scores"))?;
+            let (normalizer, decoder) = spm::pipeline(file.bool("tokenizer.ggml.add_space_prefix").unwrap_or(true));
+            let model = spm::model(&tokens, &types, &scores, vocab.into());
+            (normalizer, Value::Null, decoder, model)
+        }
+        false => {
+            let merges = file
+                .strings("tokenizer.ggml.merges")
+                .ok_or_else(|| missing("tokenizer.ggml.merges"))?;
+            // "default" and nothing at all say that whoever wrote the file did not know: a guess would be other tokens.
+            let name = file.string("tokenizer.ggml.pre").unwrap_or("default");
+            let (normalizer, pre_tokenizer, ignore_merges) = definition(name).ok_or_else(|| {
+                ModelError::unsupported(
+                    path,
+                    format!(
+                        "pre-tokenizer {name:?} is not known; known are {}: use the model's Hugging Face folder, or a file \
+                         that names one of them",
+                        NAMES.join(", ")
+                    ),
+                )
+            })?;
+            let decoder =
+                json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true});
+            let model = json!({
+                "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+                "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": ignore_merges,
+                "vocab": vocab, "merges": merges,
+            });
+            (normalizer, pre_tokenizer, decoder, model)
+        }
+    };
     Ok(json!({
         "version": "1.0",
         "truncation": null,
@@ -166,10 +210,7 @@ pub(super) fn tokenizer_json(file: &Gguf) -> Result<Value> {
         "normalizer": normalizer,
         "pre_tokenizer": pre_tokenizer,
         "post_processor": post_processor,
-        "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
-        "model": {
-            "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null, "end_of_word_suffix": null,
-            "fuse_unk": false, "byte_fallback": false, "ignore_merges": ignore_merges, "vocab": vocab, "merges": merges,
-        },
+        "decoder": decoder,
+        "model": model,
     }))
 }

@@ -7,12 +7,13 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::tokenizer::{CONTROL, HF_JSON, NORMAL, USER_DEFINED, pre_tokenizer_name};
-use super::{ALIGNMENT, DTYPES, GENERATION, MAGIC};
+use super::{ALIGNMENT, DTYPES, GENERATION, MAGIC, model, rope, spm};
 use crate::config::ModelConfig;
 use crate::dtype::Dtype;
 use crate::error::{ModelError, Result};
-use crate::family::{Role, TensorSpec, gguf_interleaved_head_dim, gguf_row_to_hf, tensors};
+use crate::family::{Role, StoredTensor, gguf_interleaved_head_dim, gguf_row_to_hf, stored_tensors};
 use crate::generation::GenerationConfig;
+use crate::hf::join;
 use crate::weights::Weights;
 
 /// The texts that go into the file beside the weights.
@@ -38,8 +39,25 @@ pub fn write(
     texts: Texts<'_>,
     dtype: Dtype,
 ) -> Result<()> {
-    let specs = tensors(config);
-    let plan: Vec<(&TensorSpec, Dtype)> = specs.iter().map(|spec| (spec, stored_dtype(spec, dtype))).collect();
+    let mut plan: Vec<Planned> = stored_tensors(config)
+        .into_iter()
+        .map(|tensor| Planned {
+            dtype: stored_dtype(&tensor, dtype),
+            tensor,
+            values: None,
+        })
+        .collect();
+    plan.extend(rope::tensors(config).into_iter().map(|(name, values)| Planned {
+        tensor: StoredTensor {
+            hf_name: name.to_owned(),
+            gguf_name: name.to_owned(),
+            shape: vec![values.len()],
+            role: Role::Bias,
+            parts: Vec::new(),
+        },
+        dtype: Dtype::F32,
+        values: Some(values),
+    }));
 
     let mut header = Vec::new();
     header.extend(MAGIC);
@@ -49,10 +67,11 @@ pub fn write(
     header.extend((metadata.count).to_le_bytes());
     header.extend(metadata.bytes);
     let mut offset = 0usize;
-    for (spec, dtype) in &plan {
-        text(&mut header, &spec.gguf_name);
-        header.extend((spec.shape.len() as u32).to_le_bytes());
-        spec.shape
+    for Planned { tensor, dtype, .. } in &plan {
+        text(&mut header, &tensor.gguf_name);
+        header.extend((tensor.shape.len() as u32).to_le_bytes());
+        tensor
+            .shape
             .iter()
             .rev()
             .for_each(|size| header.extend((*size as u64).to_le_bytes()));
@@ -64,8 +83,8 @@ pub fn write(
         header.extend(number.to_le_bytes());
         header.extend((offset as u64).to_le_bytes());
         let size = dtype
-            .size_bytes(spec.elements())
-            .ok_or_else(|| ModelError::malformed(path, format!("{} does not fit {}", spec.name, dtype.name())))?;
+            .size_bytes(tensor.shape.iter().product())
+            .ok_or_else(|| ModelError::malformed(path, format!("{} does not fit {}", tensor.hf_name, dtype.name())))?;
         offset += size.next_multiple_of(ALIGNMENT);
     }
     header.resize(header.len().next_multiple_of(ALIGNMENT), 0);
@@ -74,24 +93,31 @@ pub fn write(
     let mut file = BufWriter::with_capacity(1 << 20, File::create(path).map_err(io)?);
     file.write_all(&header).map_err(io)?;
     let mut bytes = Vec::new();
-    for (spec, dtype) in plan {
+    for Planned { tensor, dtype, values } in plan {
         bytes.clear();
-        let mut values = weights.f32(&spec.name)?;
-        if values.len() != spec.elements() {
+        let mut values = match values {
+            Some(values) => values,
+            None => join(weights, &tensor.parts)?,
+        };
+        let elements: usize = tensor.shape.iter().product();
+        if values.len() != elements {
             return Err(ModelError::malformed(
                 path,
                 format!(
-                    "tensor {} has {} elements, not {}",
-                    spec.name,
-                    values.len(),
-                    spec.elements()
+                    "tensor {} has {} elements, not {elements}",
+                    tensor.hf_name,
+                    values.len()
                 ),
             ));
         }
-        if let Some(head_dim) = gguf_interleaved_head_dim(config, &spec.name) {
-            values = interleave(&values, spec.shape[0], head_dim);
+        if let Some(head_dim) = gguf_interleaved_head_dim(config, &tensor.hf_name) {
+            values = interleave(&values, tensor.shape[0], head_dim);
         }
-        check_range(path, spec, &values, dtype)?;
+        let offset = config.family.spec().norm_offset;
+        if tensor.role == Role::Norm && offset != 0.0 {
+            values.iter_mut().for_each(|value| *value += offset);
+        }
+        check_range(path, &tensor.hf_name, &values, dtype)?;
         convert(dtype, &values, &mut bytes).ok_or_else(|| {
             ModelError::unsupported(
                 path,
@@ -107,38 +133,41 @@ pub fn write(
         .map_err(io)
 }
 
+/// A tensor to be written; `values` where they do not come from the model's weights.
+struct Planned {
+    tensor: StoredTensor,
+    dtype: Dtype,
+    values: Option<Vec<f32>>,
+}
+
 /// A value that the type cannot hold would become infinite, and the model would answer nonsense.
-fn check_range(path: &Path, spec: &TensorSpec, values: &[f32], dtype: Dtype) -> Result<()> {
+fn check_range(path: &Path, tensor: &str, values: &[f32], dtype: Dtype) -> Result<()> {
     let most = dtype.largest();
     match values.iter().find(|value| value.is_nan() || value.abs() > most) {
         None => Ok(()),
         Some(value) if value.is_finite() => Err(ModelError::InvalidRequest {
             path: path.to_owned(),
             what: format!(
-                "tensor {} has the value {value}, and {} ends at {most}: ask for another format",
-                spec.name,
+                "tensor {tensor} has the value {value}, and {} ends at {most}: ask for another format",
                 dtype.name()
             ),
         }),
         Some(value) => Err(ModelError::malformed(
             path,
-            format!(
-                "tensor {} has the value {value}: the model it comes from is damaged",
-                spec.name
-            ),
+            format!("tensor {tensor} has the value {value}: the model it comes from is damaged"),
         )),
     }
 }
 
-fn stored_dtype(spec: &TensorSpec, dtype: Dtype) -> Dtype {
-    let wanted: &[Dtype] = match (spec.role, dtype) {
-        (Role::Norm, _) => return Dtype::F32,
+fn stored_dtype(tensor: &StoredTensor, dtype: Dtype) -> Dtype {
+    let wanted: &[Dtype] = match (tensor.role, dtype) {
+        (Role::Norm | Role::Bias, _) => return Dtype::F32,
         (Role::Linear, Dtype::Q4K) => &[Dtype::Q4K, Dtype::Q8_0],
         (_, Dtype::Q4K) => &[Dtype::Q6K, Dtype::Q8_0],
         (Role::Embedding | Role::Head, Dtype::Q4_0) => &[Dtype::Q8_0],
         _ => &[dtype],
     };
-    let columns = spec.shape.last().copied().unwrap_or(1);
+    let columns = tensor.shape.last().copied().unwrap_or(1);
     let fits = wanted.iter().find(|dtype| columns.is_multiple_of(dtype.block().0));
     fits.copied().unwrap_or(Dtype::F16)
 }
@@ -216,6 +245,13 @@ impl Metadata {
         values.for_each(|value| text(&mut self.bytes, value));
     }
 
+    fn f32s(&mut self, key: &str, values: &[f32]) {
+        self.key(key, 9);
+        self.bytes.extend(6u32.to_le_bytes());
+        self.bytes.extend((values.len() as u64).to_le_bytes());
+        values.iter().for_each(|value| self.bytes.extend(value.to_le_bytes()));
+    }
+
     fn i32s(&mut self, key: &str, values: &[i32]) {
         self.key(key, 9);
         self.bytes.extend(5u32.to_le_bytes());
@@ -261,11 +297,60 @@ fn metadata(path: &Path, name: &str, config: &ModelConfig, texts: Texts<'_>, dty
     out.u32(&key("attention.value_length"), config.head_dim);
     out.f32(&key("attention.layer_norm_rms_epsilon"), config.norm_eps);
     out.f32(&key("rope.freq_base"), config.rope_theta);
-    out.u32(&key("rope.dimension_count"), config.head_dim);
+    out.u32(&key("rope.dimension_count"), config.rotary_dim());
+    let named = rope::named(config, path)?;
+    if let Some(kind) = named.kind {
+        out.string(&key("rope.scaling.type"), kind);
+    }
+    for (name, value) in named.numbers {
+        out.f32(&key(&format!("rope.scaling.{name}")), value);
+    }
+    if let Some(positions) = named.original_positions {
+        out.u32(&key("rope.scaling.original_context_length"), positions);
+    }
+    write_variant(&mut out, path, config)?;
     out.u32(&key("vocab_size"), config.vocab_size);
     write_tokenizer(&mut out, path, config, texts)?;
     out.string(GENERATION, &texts.generation.to_hf(config.bos).to_string());
     Ok(out)
+}
+
+/// Soft caps and windows. What GGUF has no key for must be what a reader assumes.
+fn write_variant(out: &mut Metadata, path: &Path, config: &ModelConfig) -> Result<()> {
+    let (spec, variant) = (config.family.spec(), &config.variant);
+    let key = |key: &str| format!("{}.{key}", spec.gguf_architecture);
+    let assumed = model::assumed_query_scale(config.family, config.layers, config.hidden_size, config.heads);
+    let head = config.head_dim as f32;
+    let mut silent = vec![(
+        "query_pre_attn_scalar",
+        variant.query_scale.unwrap_or(head) == assumed.unwrap_or(head),
+    )];
+    if let Some(window) = variant.window {
+        out.u32(&key("attention.sliding_window"), window);
+        silent.push((
+            "layer_types",
+            variant.local_layers == config.family.local_layers(config.layers),
+        ));
+    }
+    for (name, value) in [
+        ("attn_logit_softcapping", variant.attention_soft_cap),
+        ("final_logit_softcapping", variant.logit_soft_cap),
+        ("rope.freq_base_swa", variant.local_rope_theta),
+    ] {
+        if let Some(value) = value {
+            out.f32(&key(name), value);
+        }
+    }
+    match silent.into_iter().find(|(_, same)| !same) {
+        None => Ok(()),
+        Some((name, _)) => Err(ModelError::unsupported(
+            path,
+            format!(
+                "GGUF cannot say the {name} of this {} model: serve its HF folder",
+                config.family.name()
+            ),
+        )),
+    }
 }
 
 fn write_tokenizer(out: &mut Metadata, path: &Path, config: &ModelConfig, texts: Texts<'_>) -> Result<()> {
@@ -321,11 +406,19 @@ fn write_tokenizer(out: &mut Metadata, path: &Path, config: &ModelConfig, texts:
         .collect();
 
     // A tokenizer that GGUF cannot say is not passed off as another one: llama.cpp then computes tokens, but reads no text.
-    let pre = pre_tokenizer_name(json);
-    out.string("tokenizer.ggml.model", if pre.is_some() { "gpt2" } else { "none" });
+    let (pre, prefix) = (pre_tokenizer_name(json), spm::recognise(json));
+    let name = match (pre, prefix) {
+        (Some(_), _) => "gpt2",
+        (None, Some(_)) => "llama",
+        (None, None) => "none",
+    };
+    out.string("tokenizer.ggml.model", name);
     if let Some(pre) = pre {
         out.string("tokenizer.ggml.pre", pre);
         out.strings("tokenizer.ggml.merges", merges.iter().map(String::as_str));
+    } else if prefix.is_some() {
+        let scores = spm::scores_and_types(json, &tokens, &mut types);
+        out.f32s("tokenizer.ggml.scores", &scores);
     }
     out.strings("tokenizer.ggml.tokens", tokens.iter().map(String::as_str));
     out.i32s("tokenizer.ggml.token_type", &types);
@@ -340,7 +433,7 @@ fn write_tokenizer(out: &mut Metadata, path: &Path, config: &ModelConfig, texts:
     }
     let adds_bos = json["post_processor"].to_string().contains("SpecialToken");
     out.bool("tokenizer.ggml.add_bos_token", adds_bos && config.bos.is_some());
-    out.bool("tokenizer.ggml.add_space_prefix", false);
+    out.bool("tokenizer.ggml.add_space_prefix", pre.is_none() && prefix == Some(true));
     if let Some(template) = texts.chat_template {
         out.string("tokenizer.chat_template", template);
     }

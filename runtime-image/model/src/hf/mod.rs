@@ -3,8 +3,9 @@
 mod read;
 mod write;
 
-pub use read::{Safetensors, open_weights};
+pub use read::{HfModel, Safetensors, open_weights};
 pub(crate) use read::{Texts, texts};
+pub(crate) use write::join;
 pub use write::{Folder, write, write_safetensors};
 
 /// Names of the files in a folder.

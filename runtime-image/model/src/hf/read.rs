@@ -15,6 +15,7 @@ use crate::config::ModelConfig;
 use crate::dtype::Dtype;
 use crate::error::{ModelError, Result};
 use crate::generation::GenerationConfig;
+use crate::places::{Place, Places};
 use crate::tokenizer::SpecialTexts;
 use crate::weights::{Mapped, RawTensor, Weights, check_tensors};
 
@@ -161,15 +162,56 @@ impl Weights for Safetensors {
     }
 }
 
+/// The tensors of a model in safetensors files, fused ones in parts.
+#[derive(Debug)]
+pub struct HfModel {
+    files: Safetensors,
+    places: Places,
+}
+
+impl HfModel {
+    fn place(&self, name: &str) -> Result<&Place> {
+        let place = self.places.get(name);
+        place.ok_or_else(|| ModelError::malformed(&self.files.path, format!("tensor {name} is missing")))
+    }
+}
+
+impl Weights for HfModel {
+    fn release(&self) {
+        self.files.release();
+    }
+
+    fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        let place = self.places.get(name)?;
+        Some(place.shape(self.files.shape(&place.hf)?))
+    }
+
+    fn dtype(&self, name: &str) -> Result<Dtype> {
+        self.files.dtype(&self.place(name)?.hf)
+    }
+
+    fn raw(&self, name: &str) -> Result<RawTensor<'_>> {
+        let place = self.place(name)?;
+        let entry = self.files.entry(&place.hf)?;
+        Ok(RawTensor {
+            dtype: self.files.dtype(&place.hf)?,
+            shape: place.shape(entry.shape.clone()),
+            bytes: Cow::Borrowed(place.bytes(self.files.files[entry.file].range(&entry.bytes))),
+        })
+    }
+}
+
 /// The configuration and weights in a folder, every tensor checked against the configuration.
-pub fn open_weights(folder: &Path) -> Result<(ModelConfig, Safetensors)> {
+pub fn open_weights(folder: &Path) -> Result<(ModelConfig, HfModel)> {
     let path = folder.join(files::CONFIG);
     let mut config = ModelConfig::from_hf(&read_json(&path)?, &path)?;
-    let weights = Safetensors::open_folder(folder)?;
+    let files = Safetensors::open_folder(folder)?;
     // Some folders store the tied matrix once more; some forget to say that it is tied.
-    if weights.shape(crate::family::HEAD).is_none() {
+    if files.shape(crate::family::HEAD).is_none() {
         config.tie_embeddings = true;
     }
+    let places = Places::new(&config);
+    let weights = HfModel { files, places };
     check_tensors(&weights, &config, folder)?;
     Ok((config, weights))
 }

@@ -10,8 +10,9 @@ use super::files;
 use crate::config::ModelConfig;
 use crate::dtype::Dtype;
 use crate::error::{ModelError, Result};
-use crate::family::tensors;
+use crate::family::{TensorSpec, stored_tensors};
 use crate::generation::GenerationConfig;
+use crate::rope::RopeScaling;
 use crate::weights::Weights;
 
 /// What goes into a folder.
@@ -43,12 +44,24 @@ pub fn write(path: &Path, folder: &Folder<'_>) -> Result<()> {
             ));
         }
     };
-    let names: Vec<(String, Vec<usize>)> = tensors(folder.config)
-        .into_iter()
-        .map(|tensor| (tensor.name, tensor.shape))
+    if matches!(folder.config.variant.rope, RopeScaling::Divisors(_)) {
+        return Err(ModelError::unsupported(
+            path,
+            "the rotary frequencies came from a GGUF file, which does not say how they were made: an HF folder has no place \
+             for them; start from the model's HF folder",
+        ));
+    }
+    let tensors = stored_tensors(folder.config);
+    let names: Vec<(String, Vec<usize>)> = tensors
+        .iter()
+        .map(|tensor| (tensor.hf_name.clone(), tensor.shape.clone()))
         .collect();
-    write_safetensors(&path.join(files::WEIGHTS), &names, folder.dtype, &Map::new(), |name| {
-        folder.weights.f32(name)
+    let mut parts = tensors.iter().map(|tensor| &tensor.parts);
+    write_safetensors(&path.join(files::WEIGHTS), &names, folder.dtype, &Map::new(), |_| {
+        join(
+            folder.weights,
+            parts.next().expect("values are asked for in the order of the names"),
+        )
     })?;
     write_json(&path.join(files::CONFIG), &folder.config.to_hf(torch_dtype))?;
     write_json(
@@ -61,6 +74,18 @@ pub fn write(path: &Path, folder: &Folder<'_>) -> Result<()> {
         write_text(&path.join(files::CHAT_TEMPLATE), template)?;
     }
     Ok(())
+}
+
+/// The rows of `parts`, one after the other.
+pub(crate) fn join(weights: &dyn Weights, parts: &[TensorSpec]) -> Result<Vec<f32>> {
+    let [first, others @ ..] = parts else {
+        return Ok(Vec::new());
+    };
+    let mut values = weights.f32(&first.name)?;
+    for part in others {
+        values.extend(weights.f32(&part.name)?);
+    }
+    Ok(values)
 }
 
 /// Writes tensors (name, shape) as a safetensors file, one at a time, so that no more than one is in memory.

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use strata_model::Vocabulary;
 use tokio::sync::mpsc;
 
 use super::constraint::{Constraint, ConstraintError, Mask};
@@ -40,6 +41,7 @@ pub(super) struct Sampled {
 
 impl Active {
     pub(super) fn new(
+        vocabulary: &Vocabulary,
         submission: Arc<Submission>,
         events: mpsc::Sender<Event>,
         arrived: Instant,
@@ -56,7 +58,8 @@ impl Active {
             sampling,
             constraint: submission.constraint.clone(),
             events,
-            answer: Answer::new(submission.stop.clone(), submission.show_stop, submission.show_special),
+            answer: Answer::new(submission.stop.clone(), submission.show_stop, submission.show_special)
+                .after(vocabulary, submission.prompt.last().copied()),
             submission,
             count: 0,
             arrived,

@@ -7,11 +7,14 @@ use strata_kernels::cpu::{Isa, isa};
 use strata_kernels::infer::{
     FloatRows, Format, Input, KvDtype, KvLayer, KvLayout, Matrix, Q8Rows, Scoring, Sequence, attend, matmul,
 };
-use strata_kernels::ops::activation::silu_mul;
+use strata_kernels::ops::activation::{gelu_mul, silu_mul, soft_cap};
 use strata_kernels::ops::rms_norm::rms_norm;
 use strata_kernels::ops::rope::{RopeTable, Turn, rope};
 use strata_kernels::pool::{self, Pool};
-use strata_model::{Dtype, EMBEDDING, FINAL_NORM, HEAD, ModelConfig, ModelError, Weights, layer_name};
+use strata_model::{
+    Activation, Dtype, EMBEDDING, FINAL_NORM, HEAD, ModelConfig, ModelError, RopeScaling, Weights, feed_forward_norm,
+    layer_name,
+};
 
 /// Rows of logits computed at once: bounds their memory whatever the batch.
 const LOGIT_ROWS: usize = 32;
@@ -30,11 +33,22 @@ struct Layer {
     queries: Matrix,
     keys: Matrix,
     values: Matrix,
+    /// Added to queries, keys and values.
+    biases: Option<[Vec<f32>; 3]>,
+    /// Norms of each head of queries and of keys.
+    head_norms: Option<[Vec<f32>; 2]>,
+    scoring: Scoring,
+    /// Which of [`Executor::ropes`].
+    rope: usize,
     output: Matrix,
+    /// The norm of what attention gives.
+    attention_post_norm: Option<Vec<f32>>,
     feed_forward_norm: Vec<f32>,
     gate: Matrix,
     up: Matrix,
     down: Matrix,
+    /// The norm of what the feed-forward part gives.
+    feed_forward_post_norm: Option<Vec<f32>>,
 }
 
 /// One token in a forward pass.
@@ -74,6 +88,8 @@ struct Scratch {
     up: Vec<f32>,
     product: Vec<f32>,
     rows: Rows,
+    /// What a norm in place reads.
+    copy: Vec<f32>,
     logits: Vec<f32>,
 }
 
@@ -92,8 +108,8 @@ pub struct Executor {
     layers: Vec<Layer>,
     final_norm: Vec<f32>,
     head: Arc<Matrix>,
-    rope: RopeTable,
-    scoring: Scoring,
+    /// What turns queries and keys: in local layers perhaps another than elsewhere.
+    ropes: Vec<RopeTable>,
     cache: Vec<KvLayer>,
     block_tokens: usize,
     scratch: Scratch,
@@ -127,16 +143,48 @@ impl Executor {
     ) -> Result<Self, ModelError> {
         let arena = Arena::default();
         let load = |name: &str| matrix(&arena, weights, name, precision);
+        let (spec, variant) = (config.family.spec(), &config.variant);
+        let gain = |name: &str| -> Result<Vec<f32>, ModelError> {
+            let mut gain = weights.f32(name)?;
+            if spec.norm_offset != 0.0 {
+                gain.iter_mut().for_each(|gain| *gain += spec.norm_offset);
+            }
+            Ok(gain)
+        };
         let layers = (0..config.layers)
             .map(|layer| {
                 let load = |part: &str| load(&layer_name(layer, part));
+                let gain = |part: &str| gain(&layer_name(layer, part));
+                let bias = |part: &str| weights.f32(&format!("model.layers.{layer}.{part}.bias"));
+                let post = |part: &str| spec.post_norms.then(|| gain(part)).transpose();
+                let window = config.window_of(layer);
                 Ok(Layer {
-                    attention_norm: weights.f32(&layer_name(layer, "input_layernorm"))?,
+                    attention_norm: gain("input_layernorm")?,
+                    biases: match spec.qkv_bias {
+                        true => Some([
+                            bias("self_attn.q_proj")?,
+                            bias("self_attn.k_proj")?,
+                            bias("self_attn.v_proj")?,
+                        ]),
+                        false => None,
+                    },
+                    head_norms: match spec.qk_norm {
+                        true => Some([gain("self_attn.q_norm")?, gain("self_attn.k_norm")?]),
+                        false => None,
+                    },
+                    scoring: Scoring {
+                        scale: 1.0 / variant.query_scale.unwrap_or(config.head_dim as f32).sqrt(),
+                        soft_cap: variant.attention_soft_cap,
+                        window,
+                    },
+                    rope: usize::from(window.and(variant.local_rope_theta).is_some()),
+                    attention_post_norm: post("post_attention_layernorm")?,
+                    feed_forward_post_norm: post("post_feedforward_layernorm")?,
                     queries: load("self_attn.q_proj")?,
                     keys: load("self_attn.k_proj")?,
                     values: load("self_attn.v_proj")?,
                     output: load("self_attn.o_proj")?,
-                    feed_forward_norm: weights.f32(&layer_name(layer, "post_attention_layernorm"))?,
+                    feed_forward_norm: gain(feed_forward_norm(config.family))?,
                     gate: load("mlp.gate_proj")?,
                     up: load("mlp.up_proj")?,
                     down: load("mlp.down_proj")?,
@@ -149,7 +197,7 @@ impl Executor {
         } else {
             Arc::new(load(HEAD)?)
         };
-        let final_norm = weights.f32(FINAL_NORM)?;
+        let final_norm = gain(FINAL_NORM)?;
         weights.release();
         let layout = layout(config, block_tokens, kv_dtype);
         Ok(Executor {
@@ -158,8 +206,14 @@ impl Executor {
             layers,
             final_norm,
             head,
-            rope: RopeTable::new(positions, config.head_dim, f64::from(config.rope_theta)),
-            scoring: Scoring::plain(config.head_dim),
+            ropes: [
+                (&variant.rope, Some(config.rope_theta)),
+                (&RopeScaling::None, variant.local_rope_theta),
+            ]
+            .into_iter()
+            .filter_map(|(scaling, theta)| Some(scaling.frequencies(theta?, config.rotary_dim(), positions)))
+            .map(|(frequencies, scale)| RopeTable::from_frequencies(positions, config.head_dim, &frequencies, scale))
+            .collect(),
             cache: (0..config.layers).map(|_| KvLayer::new(layout, blocks)).collect(),
             block_tokens,
             config: config.clone(),
@@ -207,8 +261,7 @@ impl Executor {
             layers,
             final_norm,
             head,
-            rope: table,
-            scoring,
+            ropes,
             cache,
             block_tokens,
             scratch: s,
@@ -257,6 +310,11 @@ impl Executor {
         for (row, out) in batch.rows.iter().zip(s.hidden.chunks_exact_mut(hidden)) {
             embedding.row(row.token as usize, out);
         }
+        let spec = config.family.spec();
+        if spec.scales_embedding {
+            let scale = (hidden as f32).sqrt();
+            s.hidden.iter_mut().for_each(|x| *x *= scale);
+        }
         for (layer, cache) in layers.iter().zip(cache) {
             rms_norm(
                 &mut s.normed,
@@ -278,12 +336,25 @@ impl Executor {
                 (&layer.values, s.values.as_mut_slice()),
             ];
             matmul(pool, *isa, input, &mut products);
+            if let Some(biases) = &layer.biases {
+                for (values, bias) in [&mut s.queries, &mut s.keys, &mut s.values].into_iter().zip(biases) {
+                    values.chunks_exact_mut(bias.len()).for_each(|row| add(row, bias));
+                }
+            }
+            if let Some([queries, keys]) = &layer.head_norms {
+                norm_in_place(&mut s.queries, &mut s.copy, queries, config.norm_eps);
+                norm_in_place(&mut s.keys, &mut s.copy, keys, config.norm_eps);
+            }
+            let table = &ropes[layer.rope];
             rope(&mut s.queries, &positions, table, Turn::Forward);
             rope(&mut s.keys, &positions, table, Turn::Forward);
             cache.write(pool, &slots, &s.keys, &s.values);
-            attend(pool, *isa, cache, scoring, &s.queries, &sequences, &mut s.mixed);
+            attend(pool, *isa, cache, &layer.scoring, &s.queries, &sequences, &mut s.mixed);
             let input = s.rows.input(pool, *isa, &mut s.mixed, width, &[&layer.output]);
             matmul(pool, *isa, input, &mut [(&layer.output, s.projected.as_mut_slice())]);
+            if let Some(gain) = &layer.attention_post_norm {
+                norm_in_place(&mut s.projected, &mut s.copy, gain, config.norm_eps);
+            }
             add(&mut s.hidden, &s.projected);
 
             rms_norm(
@@ -302,11 +373,17 @@ impl Executor {
                 input,
                 &mut [(&layer.gate, s.gate.as_mut_slice()), (&layer.up, s.up.as_mut_slice())],
             );
-            silu_mul(&mut s.product, &s.gate, &s.up);
+            match spec.activation {
+                Activation::Silu => silu_mul(&mut s.product, &s.gate, &s.up),
+                Activation::GeluTanh => gelu_mul(&mut s.product, &s.gate, &s.up),
+            }
             let input = s
                 .rows
                 .input(pool, *isa, &mut s.product, config.intermediate_size, &[&layer.down]);
             matmul(pool, *isa, input, &mut [(&layer.down, s.projected.as_mut_slice())]);
+            if let Some(gain) = &layer.feed_forward_post_norm {
+                norm_in_place(&mut s.projected, &mut s.copy, gain, config.norm_eps);
+            }
             add(&mut s.hidden, &s.projected);
         }
 
@@ -322,6 +399,9 @@ impl Executor {
             s.logits.resize(some.len() * config.vocab_size, 0.0);
             let input = s.rows.input(pool, *isa, normed, hidden, &[head]);
             matmul(pool, *isa, input, &mut [(&**head, s.logits.as_mut_slice())]);
+            if let Some(cap) = config.variant.logit_soft_cap {
+                soft_cap(&mut s.logits, cap);
+            }
             for (row, values) in some.iter().zip(s.logits.chunks_exact(config.vocab_size)) {
                 logits(*row, values);
             }
@@ -343,6 +423,15 @@ impl Rows {
             quantized: &self.quantized,
         }
     }
+}
+
+/// Normalizes rows as wide as `gain` where they lie; `copy` is memory for that.
+fn norm_in_place(values: &mut [f32], copy: &mut Vec<f32>, gain: &[f32], eps: f32) {
+    copy.clear();
+    copy.extend_from_slice(values);
+    copy.resize(values.len() + values.len() / gain.len(), 0.0);
+    let (read, inverse) = copy.split_at_mut(values.len());
+    rms_norm(values, inverse, read, gain, eps);
 }
 
 fn add(to: &mut [f32], values: &[f32]) {

@@ -107,7 +107,7 @@ impl Runner {
             ..NewRequest::new(submission.prompt.clone(), most)
         };
         let refused = self.scheduler.add(id, new).err();
-        let mut active = Active::new(submission, events, arrived, 0);
+        let mut active = Active::new(&self.vocabulary, submission, events, arrived, 0);
         active.width = active.submission.choices;
         self.active.insert(id, active);
         if let Some(refusal) = refused {
@@ -187,7 +187,7 @@ impl Runner {
         let mut ids = vec![id];
         for choice in 1..width {
             let id = self.new_id();
-            let active = Active::new(submission.clone(), events.clone(), arrived, choice);
+            let active = Active::new(&self.vocabulary, submission.clone(), events.clone(), arrived, choice);
             self.active.insert(id, active);
             ids.push(id);
         }

@@ -34,6 +34,12 @@ impl Answer {
         }
     }
 
+    /// The answer to a prompt that ends with `last`; see [`TokenText::after`].
+    pub fn after(mut self, vocabulary: &Vocabulary, last: Option<u32>) -> Self {
+        self.text = self.text.after(vocabulary, last);
+        self
+    }
+
     /// Takes the next token. Without `may_stop`, a stop string that it completes is text like any other.
     pub fn push(&mut self, vocabulary: &Vocabulary, token: u32, may_stop: bool) -> Result<Piece, ModelError> {
         let new = self.text.push(vocabulary, token)?;
