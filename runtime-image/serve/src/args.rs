@@ -7,6 +7,8 @@ use std::str::FromStr;
 use clap::{Args, ValueEnum};
 use strata_kernels::infer::KvDtype;
 
+use crate::engine::Speculation;
+
 /// Number type of the key-value cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum CacheDtype {
@@ -111,6 +113,11 @@ pub struct ServeArgs {
     /// Reuse the computed beginnings of earlier prompts.
     #[arg(long)]
     pub enable_prefix_caching: bool,
+    /// Guess tokens ahead and check several in one step; answers do not change. A JSON object, as in vLLM:
+    /// {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2} guesses from the text
+    /// itself, {"method": "draft_model", "model": PATH, "num_speculative_tokens": 3} with a smaller model of the same tokens.
+    #[arg(long)]
+    pub speculative_config: Option<Speculation>,
     /// Number type of keys and values.
     #[arg(long, value_enum, default_value_t = CacheDtype::F16)]
     pub kv_cache_dtype: CacheDtype,

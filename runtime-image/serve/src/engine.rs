@@ -6,13 +6,15 @@
 mod active;
 mod constraint;
 pub mod executor;
+mod pace;
 mod run;
 mod sample;
 mod score;
+mod speculate;
 mod text;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use strata_model::Vocabulary;
@@ -22,11 +24,13 @@ pub(crate) use constraint::lark_regex;
 pub use constraint::{Constraint, Form, FormError, Forms};
 pub use sample::{Sampling, TokenProb};
 pub use score::{ScoreError, Scorer};
+pub(crate) use speculate::Drafter;
+pub use speculate::Speculation;
 
 use crate::metrics::Metrics;
-use crate::schedule::Limits;
+use crate::schedule::{ClientId, Limits};
 use executor::Executor;
-use run::Runner;
+use run::{Runner, Shared};
 
 /// The most choices of one request, whatever the limits.
 const MAX_CHOICES: usize = 16;
@@ -55,8 +59,24 @@ pub struct Submission {
     pub min_tokens: usize,
     /// What keeps the answer in its form, if it has one.
     pub constraint: Option<Constraint>,
+    /// Only requests with the same salt find each other's prompts in the prefix cache; see [`salt`].
+    pub salt: Arc<[u8]>,
+    /// Who shares fairly with the others.
+    pub client: ClientId,
+    /// Lower is earlier: each level is worth a number of tokens, see [`crate::schedule`].
+    pub priority: i64,
     /// Report each token's log-probability and that many alternatives.
     pub log_probs: Option<usize>,
+}
+
+/// The salt of several parts, as a tenant's and an adapter's: two are equal only if all parts are. Without any part it is the
+/// salt of everybody.
+pub fn salt(parts: &[&[u8]]) -> Arc<[u8]> {
+    if parts.iter().all(|part| part.is_empty()) {
+        return Arc::from([]);
+    }
+    let with_length = |part: &&[u8]| [&part.len().to_le_bytes()[..], part].concat();
+    parts.iter().flat_map(with_length).collect()
 }
 
 /// Why an answer ended.
@@ -121,8 +141,15 @@ pub enum Event {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SubmitError {
     /// As many requests as the engine takes are in flight.
-    #[error("the server has {0} requests in flight, as many as it takes; try again later")]
-    Busy(usize),
+    #[error(
+        "the server has no place for more than the {most} answers that it takes; try again in {retry_after_seconds} s"
+    )]
+    Busy {
+        /// How many it takes.
+        most: usize,
+        /// When there will probably be room.
+        retry_after_seconds: u64,
+    },
     /// The engine has stopped.
     #[error("the engine has stopped")]
     Stopped,
@@ -132,8 +159,7 @@ pub enum SubmitError {
 #[derive(Clone, Debug)]
 pub struct Engine {
     commands: mpsc::Sender<Command>,
-    in_flight: Arc<AtomicUsize>,
-    abort: Arc<AtomicBool>,
+    shared: Arc<Shared>,
     limits: Limits,
 }
 
@@ -144,23 +170,24 @@ struct Command {
 }
 
 impl Engine {
-    /// Starts the engine's thread. The receiver resolves when the thread ends: after the last handle is gone, or by a panic.
-    pub fn start(
+    /// Starts the engine's thread. With `speculation` up to that many tokens are guessed ahead of each step. The receiver resolves when the thread ends: after the last handle is gone, or by a panic.
+    pub(crate) fn start(
         executor: Executor,
+        speculation: Option<(Drafter, usize)>,
         vocabulary: Arc<Vocabulary>,
         limits: Limits,
         metrics: Arc<Metrics>,
     ) -> std::io::Result<(Engine, oneshot::Receiver<()>)> {
         let (commands, receiver) = mpsc::channel(limits.max_sequences + limits.max_waiting);
-        let (in_flight, abort) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
+        let shared = Arc::new(Shared::default());
         let (ended, ended_receiver) = oneshot::channel();
         let runner = Runner::new(
             receiver,
             executor,
+            speculation,
             vocabulary,
             limits,
-            in_flight.clone(),
-            abort.clone(),
+            shared.clone(),
             metrics,
         );
         std::thread::Builder::new().name("engine".to_owned()).spawn(move || {
@@ -170,8 +197,7 @@ impl Engine {
         Ok((
             Engine {
                 commands,
-                in_flight,
-                abort,
+                shared,
                 limits,
             },
             ended_receiver,
@@ -182,12 +208,13 @@ impl Engine {
     pub fn submit(&self, submission: Submission) -> Result<mpsc::Receiver<Event>, SubmitError> {
         let (most, choices) = (self.most_in_flight(), submission.choices);
         let taken = self
+            .shared
             .in_flight
             .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |count| {
                 (count + choices <= most).then_some(count + choices)
             });
         if taken.is_err() {
-            return Err(SubmitError::Busy(most));
+            return Err(self.busy());
         }
         let (events, receiver) = mpsc::channel(choices * (submission.max_tokens + 1));
         let command = Command {
@@ -196,7 +223,7 @@ impl Engine {
             arrived: Instant::now(),
         };
         self.commands.try_send(command).map_err(|_| {
-            self.in_flight.fetch_sub(choices, Ordering::SeqCst);
+            self.shared.in_flight.fetch_sub(choices, Ordering::SeqCst);
             SubmitError::Stopped
         })?;
         Ok(receiver)
@@ -206,7 +233,7 @@ impl Engine {
     pub fn has_room(&self) -> Result<(), SubmitError> {
         match self.in_flight() < self.most_in_flight() {
             true => Ok(()),
-            false => Err(SubmitError::Busy(self.most_in_flight())),
+            false => Err(self.busy()),
         }
     }
 
@@ -215,17 +242,24 @@ impl Engine {
         self.limits.max_sequences.min(MAX_CHOICES)
     }
 
+    fn busy(&self) -> SubmitError {
+        SubmitError::Busy {
+            most: self.most_in_flight(),
+            retry_after_seconds: self.shared.pace.retry_after_seconds(self.in_flight()),
+        }
+    }
+
     fn most_in_flight(&self) -> usize {
         self.limits.max_sequences + self.limits.max_waiting
     }
 
     /// Answers that were asked for and have not ended.
     pub fn in_flight(&self) -> usize {
-        self.in_flight.load(Ordering::SeqCst)
+        self.shared.in_flight.load(Ordering::SeqCst)
     }
 
     /// Ends every request now, each with [`FinishReason::Abort`] and what it has so far; also those that come later.
     pub fn abort_all(&self) {
-        self.abort.store(true, Ordering::SeqCst);
+        self.shared.abort.store(true, Ordering::SeqCst);
     }
 }

@@ -17,7 +17,7 @@ mod tls;
 
 pub use args::{ApiKey, CacheDtype, ServeArgs};
 pub use engine::executor::Precision;
-pub use engine::{ScoreError, Scorer};
+pub use engine::{ScoreError, Scorer, Speculation};
 pub use error::ServeError;
 pub use metrics::Metrics;
 pub use server::{Server, terminated};

@@ -35,6 +35,9 @@ pub struct Metrics {
     prefix_queries: IntCounter,
     prefix_hits: IntCounter,
     preemptions: IntCounter,
+    drafts: IntCounter,
+    draft_tokens: IntCounter,
+    accepted_tokens: IntCounter,
     prompt_tokens: IntCounter,
     generation_tokens: IntCounter,
     finished: IntCounterVec,
@@ -106,6 +109,18 @@ impl Metrics {
                 "num_preemptions_total",
                 "Times a request lost its blocks and was computed again."
             ))),
+            drafts: register!(IntCounter::with_opts(opts(
+                "spec_decode_num_drafts_total",
+                "Times that tokens were guessed ahead."
+            ))),
+            draft_tokens: register!(IntCounter::with_opts(opts(
+                "spec_decode_num_draft_tokens_total",
+                "Tokens guessed ahead."
+            ))),
+            accepted_tokens: register!(IntCounter::with_opts(opts(
+                "spec_decode_num_accepted_tokens_total",
+                "Tokens guessed ahead that were right."
+            ))),
             prompt_tokens: register!(IntCounter::with_opts(opts(
                 "prompt_tokens_total",
                 "Prompt tokens processed."
@@ -172,6 +187,12 @@ impl Metrics {
         ] {
             counter.inc_by(now.saturating_sub(counter.get()));
         }
+    }
+
+    pub(crate) fn speculated(&self, drafts: usize, accepted: usize) {
+        self.drafts.inc();
+        self.draft_tokens.inc_by(drafts as u64);
+        self.accepted_tokens.inc_by(accepted as u64);
     }
 
     pub(crate) fn step(&self, tokens: usize) {

@@ -21,7 +21,7 @@ use tokio::sync::{oneshot, watch};
 
 use crate::args::ServeArgs;
 use crate::engine::executor::{Executor, Precision, block_bytes};
-use crate::engine::{Engine, Forms};
+use crate::engine::{Drafter, Engine, Forms, Speculation};
 use crate::error::ServeError;
 use crate::http::{self, Admission, Keys, Served, State};
 use crate::metrics::Metrics;
@@ -182,7 +182,9 @@ async fn serve(
 fn load(args: &ServeArgs) -> Result<(Served, oneshot::Receiver<()>), ServeError> {
     let begin = Instant::now();
     let model = LoadedModel::open(&args.model)?;
-    let limits = limits(args, &model.config, memory_limit_bytes())?;
+    let draft = draft_model(args, &model)?;
+    let configs: Vec<&ModelConfig> = [&model].into_iter().chain(&draft).map(|model| &model.config).collect();
+    let limits = limits(args, &configs, memory_limit_bytes())?;
     let max_model_len = max_model_len(args, &model.config, &limits)?;
     let executor = Executor::new(
         &model.config,
@@ -193,6 +195,26 @@ fn load(args: &ServeArgs) -> Result<(Served, oneshot::Receiver<()>), ServeError>
         limits.blocks,
         max_model_len,
     )?;
+    let speculation = match &args.speculative_config {
+        None => None,
+        Some(speculation) => {
+            let executor = draft.as_ref().map(|draft| {
+                let dtype = args.kv_cache_dtype.kernel();
+                let (size, blocks) = (limits.block_tokens, limits.blocks);
+                Executor::new(
+                    &draft.config,
+                    &*draft.weights,
+                    Precision::Stored,
+                    dtype,
+                    size,
+                    blocks,
+                    max_model_len,
+                )
+            });
+            let drafter = Drafter::new(speculation, executor.transpose()?);
+            drafter.map(|drafter| (drafter, speculation.drafts()))
+        }
+    };
     let mut names = args.served_model_name.clone();
     if names.is_empty() {
         names.push(default_name(&args.model));
@@ -209,12 +231,10 @@ fn load(args: &ServeArgs) -> Result<(Served, oneshot::Receiver<()>), ServeError>
         seconds = begin.elapsed().as_secs_f64(),
         "model loaded"
     );
-    let (engine, ended) =
-        Engine::start(executor, model.vocabulary.clone(), limits, metrics.clone()).map_err(|source| {
-            ServeError::System {
-                what: "cannot start the engine's thread",
-                source,
-            }
+    let (engine, ended) = Engine::start(executor, speculation, model.vocabulary.clone(), limits, metrics.clone())
+        .map_err(|source| ServeError::System {
+            what: "cannot start the engine's thread",
+            source,
         })?;
     let eos = model.generation.eos.clone();
     let forms = Forms::new(model.vocabulary.clone(), model.config.vocab_size, eos);
@@ -233,6 +253,37 @@ fn load(args: &ServeArgs) -> Result<(Served, oneshot::Receiver<()>), ServeError>
     Ok((served, ended))
 }
 
+/// The model that guesses, if there is one: it must know exactly the tokens of the one that is served.
+fn draft_model(args: &ServeArgs, model: &LoadedModel) -> Result<Option<LoadedModel>, ServeError> {
+    let Some(Speculation::DraftModel { model: path, .. }) = &args.speculative_config else {
+        return Ok(None);
+    };
+    let draft = LoadedModel::open(path)?;
+    let wrong = |what: String| {
+        let path = path.display();
+        ServeError::Arguments(format!(
+            "{path} cannot draft for {}: {what}; use a model of the same family, or method ngram",
+            args.model.display()
+        ))
+    };
+    let (small, large) = (draft.config.vocab_size, model.config.vocab_size);
+    let differs = |id: &u32| draft.vocabulary.token_text(*id) != model.vocabulary.token_text(*id);
+    if small != large || draft.vocabulary.size() != model.vocabulary.size() {
+        return Err(wrong(format!("it has {small} tokens and not {large}")));
+    }
+    if let Some(id) = (0..model.vocabulary.size() as u32).find(differs) {
+        return Err(wrong(format!("token {id} is not the same text in both")));
+    }
+    let needed = args.max_model_len.unwrap_or(model.config.max_positions);
+    if draft.config.max_positions < needed {
+        return Err(wrong(format!(
+            "it has {} positions, fewer than the {needed} of --max-model-len",
+            draft.config.max_positions
+        )));
+    }
+    Ok(Some(draft))
+}
+
 /// The name of the file or folder without what says only that it is a model.
 fn default_name(path: &Path) -> String {
     let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
@@ -242,13 +293,18 @@ fn default_name(path: &Path) -> String {
     )
 }
 
-/// How many blocks the cache has. `memory` is what the container may use.
-fn limits(args: &ServeArgs, config: &ModelConfig, memory: Option<u64>) -> Result<Limits, ServeError> {
+/// How many blocks the cache has, for the served model, which comes first, and whatever runs beside it. `memory` is what the
+/// container may use.
+fn limits(args: &ServeArgs, configs: &[&ModelConfig], memory: Option<u64>) -> Result<Limits, ServeError> {
     let block_tokens = args.block_size as usize;
-    let block = block_bytes(config, block_tokens, args.kv_cache_dtype.kernel());
+    let dtype = args.kv_cache_dtype.kernel();
+    let block: usize = configs
+        .iter()
+        .map(|config| block_bytes(config, block_tokens, dtype))
+        .sum();
     let per_sequence = args
         .max_model_len
-        .unwrap_or(config.max_positions)
+        .unwrap_or(configs[0].max_positions)
         .div_ceil(block_tokens);
     let bytes = match args.kv_cache_memory_bytes {
         Some(bytes) => bytes,
@@ -328,7 +384,7 @@ mod tests {
             ("--kv-cache-dtype q8", Some(2304 * 40), 10, Ok(160)),
         ] {
             let args = args(more);
-            let limits = limits(&args, &config, memory).unwrap();
+            let limits = limits(&args, &[&config], memory).unwrap();
             assert_eq!(limits.blocks, blocks, "{more}");
             match (max_model_len(&args, &config, &limits), len) {
                 (Ok(got), Ok(expected)) => assert_eq!(got, expected, "{more}"),
@@ -336,6 +392,6 @@ mod tests {
                 (got, _) => panic!("{more}: {got:?}"),
             }
         }
-        assert!(limits(&args("--kv-cache-memory-bytes 100"), &config, None).is_err());
+        assert!(limits(&args("--kv-cache-memory-bytes 100"), &[&config], None).is_err());
     }
 }

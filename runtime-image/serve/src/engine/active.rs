@@ -93,6 +93,20 @@ impl Active {
     }
 }
 
+impl Active {
+    /// What a smaller model, whose logits these are, takes for the token `ahead` tokens after the next one. It draws as the
+    /// answer itself will, so that where the two models agree the drafts stand.
+    pub(super) fn guess(&self, logits: &[f32], ahead: usize) -> u32 {
+        let adjusted = sample::adjusted(logits, &self.sampling, &self.history, None, &[]);
+        sample::sample(&adjusted, &self.sampling, (self.history.count() + ahead) as u64)
+    }
+
+    /// Tokens sampled.
+    pub(super) fn sampled(&self) -> usize {
+        self.history.count()
+    }
+}
+
 /// The seed of a choice: its own for each, and the given one for the first.
 fn choice_seed(seed: u64, choice: usize) -> u64 {
     if choice == 0 {

@@ -11,17 +11,59 @@ use tokio::sync::mpsc;
 
 use super::active::{Active, Sampled};
 use super::executor::{Batch, Executor, Row};
+use super::pace::Pace;
+use super::speculate::Drafter;
 use super::{Command, Event, FinishReason, Usage};
 use crate::metrics::Metrics;
 use crate::schedule::{Limits, NewRequest, RequestId, Scheduler};
+
+/// The answers that are being generated.
+pub(super) type Actives = HashMap<RequestId, Active>;
 
 /// What a step samples for one answer.
 struct Pending {
     id: RequestId,
     /// Where it is a further choice: of which request.
     parent: Option<RequestId>,
+    /// Tokens guessed: the ones before the last that was sampled were right.
+    drafts: Vec<u32>,
     tokens: Vec<Sampled>,
+    /// The logits of the next row are still of use.
+    open: bool,
     failed: bool,
+}
+
+impl Pending {
+    fn new(id: RequestId, parent: Option<RequestId>, drafts: Vec<u32>) -> Self {
+        Pending {
+            id,
+            parent,
+            drafts,
+            tokens: Vec::new(),
+            open: true,
+            failed: false,
+        }
+    }
+
+    /// Samples from the logits of the next row, unless a draft before it was wrong or the answer has ended.
+    fn sample(&mut self, request: &mut Active, logits: &[f32]) {
+        if !self.open {
+            return;
+        }
+        match request.sample(logits) {
+            Ok(sampled) => {
+                let right = self.drafts.get(self.tokens.len()) == Some(&sampled.token);
+                let full = request.sampled() >= request.submission.max_tokens;
+                self.open = right && !full && !sampled.ends && !sampled.complete;
+                self.tokens.push(sampled);
+            }
+            Err(error) => {
+                tracing::warn!(%error, "an answer cannot go on in its form");
+                self.open = false;
+                self.failed = true;
+            }
+        }
+    }
 }
 
 /// What the engine's thread owns.
@@ -29,33 +71,45 @@ pub(super) struct Runner {
     commands: mpsc::Receiver<Command>,
     scheduler: Scheduler,
     executor: Executor,
+    speculation: Option<(Drafter, usize)>,
     vocabulary: Arc<Vocabulary>,
-    active: HashMap<RequestId, Active>,
+    active: Actives,
     next_id: RequestId,
-    in_flight: Arc<AtomicUsize>,
-    abort: Arc<AtomicBool>,
+    shared: Arc<Shared>,
+    /// When an answer ended last, or the first request came after there were none.
+    last_end: Instant,
     metrics: Arc<Metrics>,
+}
+
+/// What the engine's thread shares with its handles.
+#[derive(Debug, Default)]
+pub(super) struct Shared {
+    /// Answers that were asked for and have not ended.
+    pub(super) in_flight: AtomicUsize,
+    pub(super) abort: AtomicBool,
+    pub(super) pace: Pace,
 }
 
 impl Runner {
     pub(super) fn new(
         commands: mpsc::Receiver<Command>,
         executor: Executor,
+        speculation: Option<(Drafter, usize)>,
         vocabulary: Arc<Vocabulary>,
         limits: Limits,
-        in_flight: Arc<AtomicUsize>,
-        abort: Arc<AtomicBool>,
+        shared: Arc<Shared>,
         metrics: Arc<Metrics>,
     ) -> Self {
         Runner {
             commands,
             scheduler: Scheduler::new(limits),
             executor,
+            speculation,
             vocabulary,
             active: HashMap::new(),
             next_id: 0,
-            in_flight,
-            abort,
+            shared,
+            last_end: Instant::now(),
             metrics,
         }
     }
@@ -65,7 +119,10 @@ impl Runner {
         loop {
             if self.active.is_empty() {
                 match self.commands.blocking_recv() {
-                    Some(command) => self.take(command),
+                    Some(command) => {
+                        self.last_end = Instant::now();
+                        self.take(command);
+                    }
                     None => return,
                 }
             }
@@ -79,7 +136,7 @@ impl Runner {
                 .map(|(id, _)| *id)
                 .collect();
             gone.into_iter().for_each(|id| self.forget(id));
-            if self.abort.load(Ordering::SeqCst) {
+            if self.shared.abort.load(Ordering::SeqCst) {
                 let all: Vec<RequestId> = self.active.keys().copied().collect();
                 all.into_iter().for_each(|id| self.finish(id, FinishReason::Abort));
             }
@@ -104,6 +161,10 @@ impl Runner {
         let most = submission.prompt.len() + submission.max_tokens;
         let new = NewRequest {
             choices: submission.choices,
+            salt: submission.salt.clone(),
+            client: submission.client,
+            priority: submission.priority,
+            drafts: self.speculation.as_ref().map_or(0, |(_, drafts)| *drafts),
             ..NewRequest::new(submission.prompt.clone(), most)
         };
         let refused = self.scheduler.add(id, new).err();
@@ -123,43 +184,44 @@ impl Runner {
         }
         for (from, to) in step.copies {
             self.executor.copy_block(from, to);
+            if let Some((drafter, _)) = &mut self.speculation {
+                drafter.copy_block(from, to);
+            }
         }
+        let mut drafts = match &mut self.speculation {
+            Some((drafter, _)) => drafter.draft(&step.work, &self.scheduler, &self.active),
+            None => vec![Vec::new(); step.work.len()],
+        };
         let mut batch = Batch::default();
         let mut pending: Vec<Pending> = Vec::new();
         // Which of them a row's logits are for.
         let mut owners: HashMap<usize, Range<usize>> = HashMap::new();
-        for work in &step.work {
+        for (work, drafts) in step.work.iter().zip(&mut drafts) {
             let tokens = &self.scheduler.tokens(work.id)[work.start..work.start + work.count];
+            let first = batch.rows.len() + tokens.len() - 1;
+            let tokens = tokens.iter().chain(drafts.iter());
             let table = batch.tables.len();
             batch.tables.push(self.scheduler.table(work.id).to_vec());
-            batch.rows.extend(tokens.iter().enumerate().map(|(i, token)| Row {
+            batch.rows.extend(tokens.enumerate().map(|(i, token)| Row {
                 token: *token,
                 position: (work.start + i) as u32,
                 table,
-                logits: work.samples && i + 1 == work.count,
+                logits: work.samples && i + 1 >= work.count,
             }));
             if work.samples {
-                let first = pending.len();
-                pending.extend(self.choices(work.id).into_iter().map(|id| Pending {
-                    id,
-                    parent: (id != work.id).then_some(work.id),
-                    tokens: Vec::new(),
-                    failed: false,
+                let at = pending.len();
+                pending.extend(self.choices(work.id).into_iter().map(|id| {
+                    let parent = (id != work.id).then_some(work.id);
+                    Pending::new(id, parent, std::mem::take(drafts))
                 }));
-                owners.insert(batch.rows.len() - 1, first..pending.len());
+                owners.extend((first..batch.rows.len()).map(|row| (row, at..pending.len())));
             }
         }
         let active = &mut self.active;
         self.executor.forward(&batch, |row, logits| {
             for pending in &mut pending[owners[&row].clone()] {
                 let request = active.get_mut(&pending.id).expect("only active requests are sampled");
-                match request.sample(logits) {
-                    Ok(sampled) => pending.tokens.push(sampled),
-                    Err(error) => {
-                        tracing::warn!(%error, "an answer cannot go on in its form");
-                        pending.failed = true;
-                    }
-                }
+                pending.sample(request, logits);
             }
         });
         self.metrics.step(batch.rows.len());
@@ -171,6 +233,13 @@ impl Runner {
         }
         for pending in pending {
             let tokens: Vec<u32> = pending.tokens.iter().map(|sampled| sampled.token).collect();
+            if !pending.drafts.is_empty() {
+                let right = tokens
+                    .iter()
+                    .zip(&pending.drafts)
+                    .filter(|(token, draft)| token == draft);
+                self.metrics.speculated(pending.drafts.len(), right.count());
+            }
             self.scheduler.append(pending.id, &tokens);
             let goes_on = pending.tokens.into_iter().all(|sampled| self.give(pending.id, sampled));
             if goes_on && pending.failed {
@@ -279,8 +348,14 @@ impl Runner {
 
     fn forget(&mut self, id: RequestId) {
         self.scheduler.remove(id);
+        if let Some((drafter, _)) = &mut self.speculation {
+            drafter.forget(id);
+        }
         if let Some(request) = self.active.remove(&id) {
-            self.in_flight.fetch_sub(request.width, Ordering::SeqCst);
+            let now = Instant::now();
+            self.shared.pace.ended((now - self.last_end) / request.width as u32);
+            self.last_end = now;
+            self.shared.in_flight.fetch_sub(request.width, Ordering::SeqCst);
         }
     }
 }

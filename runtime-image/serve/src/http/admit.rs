@@ -11,7 +11,9 @@ use serde::de::DeserializeOwned;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::error::ApiError;
-use super::{Served, State};
+use super::prepare::client;
+use super::{Served, State, auth};
+use crate::schedule::ClientId;
 
 /// The largest request body, in bytes.
 pub(super) const MAX_BODY_BYTES: usize = 4 << 20;
@@ -45,6 +47,8 @@ impl Admission {
 pub(super) struct Admitted {
     body: Bytes,
     held: OwnedSemaphorePermit,
+    /// Who sent it, by the key that it presents.
+    pub(super) client: Option<ClientId>,
 }
 
 impl FromRequest<Arc<State>> for Admitted {
@@ -53,6 +57,7 @@ impl FromRequest<Arc<State>> for Admitted {
     async fn from_request(request: Request, state: &Arc<State>) -> Result<Self, ApiError> {
         state.accepting()?;
         let admission = &state.admission;
+        let client = auth::presented(request.headers()).next().map(client);
         // A body of unknown length may become the largest. A longer one is refused when it is read.
         let length = request.body().size_hint().upper().unwrap_or(u64::MAX);
         let count = length.clamp(MIN_HELD_BYTES as u64, MAX_BODY_BYTES as u64) as u32;
@@ -71,7 +76,7 @@ impl FromRequest<Arc<State>> for Admitted {
                 let message = format!("the body could not be read: {}", rejection.body_text());
                 ApiError::body(rejection.into_response().status(), message)
             })?;
-        Ok(Admitted { body, held })
+        Ok(Admitted { body, held, client })
     }
 }
 
@@ -91,7 +96,7 @@ impl Admitted {
         let turn = turn.map_err(|_| failed())?;
         let state = state.clone();
         let task = tokio::task::spawn_blocking(move || {
-            let Admitted { body, held } = self;
+            let Admitted { body, held, .. } = self;
             // Not given back before the work is done, even if the client has gone.
             let _bounds = (held, turn);
             let request = serde_json::from_slice(&body).map_err(|error| {

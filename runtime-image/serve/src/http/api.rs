@@ -14,6 +14,11 @@ use super::tools::ToolFields;
 pub(super) struct Options {
     pub(super) model: Option<String>,
     pub(super) n: Option<i64>,
+    pub(super) cache_salt: Option<String>,
+    pub(super) priority: Option<i64>,
+    pub(super) user: Option<String>,
+    /// OpenAI's newer word for `user`.
+    pub(super) safety_identifier: Option<String>,
     pub(super) max_tokens: Option<i64>,
     pub(super) temperature: Option<f64>,
     pub(super) top_p: Option<f64>,

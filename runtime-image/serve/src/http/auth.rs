@@ -84,7 +84,7 @@ fn lines(content: &[u8]) -> Result<Vec<Hashed>, String> {
 }
 
 /// The keys that a request presents, in OpenAI's header or in Azure's.
-fn presented(headers: &HeaderMap) -> impl Iterator<Item = &[u8]> {
+pub(super) fn presented(headers: &HeaderMap) -> impl Iterator<Item = &[u8]> {
     let bearer = headers.get(header::AUTHORIZATION).and_then(|value| {
         let (scheme, key) = value.as_bytes().split_at_checked("Bearer ".len())?;
         scheme.eq_ignore_ascii_case(b"Bearer ").then(|| key.trim_ascii())

@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 
 use crate::engine::SubmitError;
 
-/// Seconds after which a refused client may try again.
-const RETRY_AFTER: &str = "1";
+/// Seconds after which a refused client may try again, where nothing better is known.
+const RETRY_AFTER: u64 = 1;
 
 /// An error for a client.
 #[derive(Debug)]
@@ -18,6 +18,8 @@ pub(super) struct ApiError {
     message: String,
     param: Option<String>,
     code: Option<&'static str>,
+    /// Seconds after which a refused client may try again.
+    retry_after: u64,
 }
 
 impl ApiError {
@@ -28,6 +30,7 @@ impl ApiError {
             message: message.into(),
             param: None,
             code: None,
+            retry_after: RETRY_AFTER,
         }
     }
 
@@ -137,7 +140,12 @@ impl ApiError {
 impl From<SubmitError> for ApiError {
     fn from(error: SubmitError) -> Self {
         match error {
-            SubmitError::Busy(_) => Self::busy(error.to_string()),
+            SubmitError::Busy {
+                retry_after_seconds, ..
+            } => ApiError {
+                retry_after: retry_after_seconds,
+                ..Self::busy(error.to_string())
+            },
             SubmitError::Stopped => Self::internal(error.to_string()),
         }
     }
@@ -159,7 +167,7 @@ impl IntoResponse for ApiError {
         }
         if later {
             let headers = response.headers_mut();
-            headers.insert(header::RETRY_AFTER, HeaderValue::from_static(RETRY_AFTER));
+            headers.insert(header::RETRY_AFTER, HeaderValue::from(self.retry_after));
         }
         // What was not read of the body makes the connection useless, and a client that tries again may find another server.
         if later || unread {

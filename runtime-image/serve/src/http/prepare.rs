@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::collections::hash_map::RandomState;
-use std::hash::{BuildHasher, Hasher};
+use std::hash::{BuildHasher, Hash, Hasher};
+use std::sync::{Arc, LazyLock};
 
 use serde_json::{Map, Value, json};
 
@@ -11,6 +12,7 @@ use super::api::{OneOrMany, Options};
 use super::error::ApiError;
 use super::tools::{self, Reader, Tools};
 use crate::engine::{Sampling, Submission};
+use crate::schedule::ClientId;
 
 /// The most stop strings, and the longest, in bytes.
 const MAX_STOPS: usize = 16;
@@ -20,6 +22,8 @@ const MAX_TOP_LOGPROBS: i64 = 20;
 /// The most tokens whose logits are biased, and that end an answer besides the model's own.
 const MAX_BIASES: usize = 4096;
 const MAX_STOP_TOKENS: usize = 256;
+/// The longest salt, in bytes.
+const MAX_SALT_BYTES: usize = 256;
 /// Roles that a chat template may write unquoted.
 const ROLES: [&str; 6] = ["system", "developer", "user", "assistant", "tool", "function"];
 
@@ -157,6 +161,12 @@ pub(super) fn prepare(
         })?;
     Ok(Prepared {
         submission: Submission {
+            salt: cache_salt(options.cache_salt.as_deref())?,
+            client: options
+                .safety_identifier
+                .or(options.user)
+                .map_or(0, |user| client(&user)),
+            priority: options.priority.unwrap_or(0),
             max_tokens,
             min_tokens,
             prompt,
@@ -173,6 +183,23 @@ pub(super) fn prepare(
         include_usage: options.stream_options.and_then(|options| options.include_usage) == Some(true),
         reader: None,
     })
+}
+
+/// vLLM's field for keeping tenants apart in the prefix cache.
+fn cache_salt(salt: Option<&str>) -> Result<Arc<[u8]>, ApiError> {
+    match salt {
+        Some(text) if text.is_empty() || text.len() > MAX_SALT_BYTES => {
+            let message = format!("cache_salt takes a text of 1 to {MAX_SALT_BYTES} bytes");
+            Err(ApiError::invalid("cache_salt", message))
+        }
+        salt => Ok(crate::engine::salt(&[salt.unwrap_or_default().as_bytes()])),
+    }
+}
+
+/// What a client's name counts as. Nobody outside can find a name that counts as another's.
+pub(super) fn client(name: impl Hash) -> ClientId {
+    static KEYS: LazyLock<RandomState> = LazyLock::new(RandomState::new);
+    KEYS.hash_one(name)
 }
 
 /// OpenAI's map from token ids, as texts, to what is added to their logits.

@@ -16,7 +16,7 @@ use tokio::sync::mpsc;
 
 use super::admit::Admitted;
 use super::error::ApiError;
-use super::prepare::{Prepared, random};
+use super::prepare::{Prepared, client, random};
 use super::tools::{Part, Reader};
 use super::{Served, State, unix_seconds};
 use crate::engine::{Event, FinishReason, TokenProb, Usage};
@@ -76,7 +76,11 @@ pub(super) async fn answer<R: DeserializeOwned + 'static>(
 ) -> Result<Response, ApiError> {
     // Known without the work of preparing.
     state.accepting()?.engine.has_room()?;
-    let prepared = request.prepare(&state, prepared).await?;
+    let key = request.client;
+    let mut prepared = request.prepare(&state, prepared).await?;
+    if let Some(key) = key {
+        prepared.submission.client = client((key, prepared.submission.client));
+    }
     respond(state.accepting()?, prepared, shape).await
 }
 

@@ -8,9 +8,11 @@
 mod access;
 mod answers;
 mod choices;
+mod fairness;
 mod forms;
 mod life;
 mod refusals;
+mod speculation;
 mod tools;
 
 use std::path::Path;
