@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import numpy
+import peft
 import torch
 import transformers
 
@@ -172,19 +173,47 @@ def expect(path: str) -> None:
 
 
 @torch.no_grad()
+def random_model(case: str):
+    torch.manual_seed(7)
+    config = configuration(case)
+    config._attn_implementation = "eager"
+    model = model_class(case)(config).float().eval()
+    for name, values in model.named_parameters():
+        # Gains and biases start at 0 or 1, and logits of fresh models are all alike: neither would tell a mistake.
+        values.add_(torch.randn_like(values) * (0.3 if "norm" in name or "bias" in name else 0.1))
+    return model
+
+
 def check(runtime: str) -> None:
     for case in CASES:
-        torch.manual_seed(7)
-        config = configuration(case)
-        config._attn_implementation = "eager"
-        model = model_class(case)(config).float().eval()
-        for name, values in model.named_parameters():
-            # Gains and biases start at 0 or 1, and logits of fresh models are all alike: neither would tell a mistake.
-            values.add_(torch.randn_like(values) * (0.3 if "norm" in name or "bias" in name else 0.1))
+        model = random_model(case)
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             served.byte_tokenizer(Path(folder))
             served.same_log_probs(case, model, Path(folder), runtime, tokens())
+    for case in ("llama", "qwen2", "phi3"):
+        check_adapters(case, runtime)
+
+
+def check_adapters(case: str, runtime: str) -> None:
+    """Two adapters that PEFT makes and saves, one of them with rank-stabilized scaling, beside the base in one server."""
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder) / "base"
+        random_model(case).save_pretrained(base)
+        served.byte_tokenizer(base)
+        adapted = {"m": random_model(case)}
+        for name, options in {"plain": {}, "rslora": {"use_rslora": True, "target_modules": ["o_proj", "down_proj"]}}.items():
+            options = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "init_lora_weights": False} | options
+            adapted[name] = peft.get_peft_model(random_model(case), peft.LoraConfig(task_type="CAUSAL_LM", **options)).eval()
+            adapted[name].save_pretrained(Path(folder) / name)
+        modules = [f"{name}={Path(folder) / name}" for name in adapted if name != "m"]
+        arguments = ["--kv-cache-dtype", "f32", "--enable-lora", "--lora-modules", *modules]
+        with served.server(runtime, base, *arguments) as url:
+            for name, model in adapted.items():
+                worst = served.worst_difference(model, url, tokens(), 6, name)
+                if worst > served.LOG_PROB_BOUND:
+                    sys.exit(f"FAILED {case} with adapter {name}: {worst:.2e} apart, bound {served.LOG_PROB_BOUND:.0e}")
+                print(f"ok  {case}, adapter {name}: log-probabilities of 6 greedy tokens, {worst:.1e} apart")
 
 
 if __name__ == "__main__":

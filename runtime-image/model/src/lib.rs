@@ -13,6 +13,7 @@ mod generation;
 pub mod gguf;
 pub mod hf;
 mod load;
+mod lora;
 mod places;
 mod rope;
 pub mod synthetic;
@@ -29,6 +30,7 @@ pub use family::{
 };
 pub use generation::GenerationConfig;
 pub use load::LoadedModel;
+pub use lora::{LoraPart, LoraWeights};
 pub use rope::RopeScaling;
 pub use synthetic::MemoryWeights;
 pub use tokenizer::{TokenText, Vocabulary};

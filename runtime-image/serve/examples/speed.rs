@@ -56,6 +56,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 &Batch {
                     rows,
                     tables: tables.clone(),
+                    ..Batch::default()
                 },
                 |_, _| (),
             );

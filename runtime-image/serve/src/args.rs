@@ -63,6 +63,36 @@ impl fmt::Debug for ApiKey {
     }
 }
 
+/// An adapter and its name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LoraModule {
+    pub(crate) name: String,
+    pub(crate) path: PathBuf,
+}
+
+impl FromStr for LoraModule {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text.split_once('=') {
+            Some((name, path)) if !name.is_empty() && !path.is_empty() => Ok(LoraModule {
+                name: name.to_owned(),
+                path: path.into(),
+            }),
+            _ => Err("write NAME=PATH"),
+        }
+    }
+}
+
+impl ServeArgs {
+    /// Whether clients may load adapters.
+    pub(crate) fn adapter_updates(&self) -> bool {
+        let said = std::env::var("VLLM_ALLOW_RUNTIME_LORA_UPDATING");
+        let said = said.is_ok_and(|value| ["1", "true"].contains(&value.to_lowercase().as_str()));
+        self.enable_lora && (self.enable_lora_updates || said)
+    }
+}
+
 /// Arguments of the server.
 #[derive(Args, Clone, Debug)]
 pub struct ServeArgs {
@@ -121,6 +151,22 @@ pub struct ServeArgs {
     /// Number type of keys and values.
     #[arg(long, value_enum, default_value_t = CacheDtype::F16)]
     pub kv_cache_dtype: CacheDtype,
+    /// Accept LoRA adapters.
+    #[arg(long)]
+    pub enable_lora: bool,
+    /// Adapters to load at the start, each as NAME=PATH of a folder that PEFT wrote.
+    #[arg(long, num_args = 1.., requires = "enable_lora")]
+    pub lora_modules: Vec<LoraModule>,
+    /// The most adapters in memory; those that were unloaded count until their last request ends.
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub max_loras: u32,
+    /// The highest rank of an adapter.
+    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=512))]
+    pub max_lora_rank: u32,
+    /// Let clients load adapters from any path that the server may read, and unload them. VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 says
+    /// the same.
+    #[arg(long, requires = "enable_lora")]
+    pub enable_lora_updates: bool,
     /// Seconds that a client gets to send the body of a request.
     #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub body_timeout: u64,

@@ -4,6 +4,7 @@
 //! reader that goes away closes the channel, which is how a request is cancelled.
 
 mod active;
+mod adapter;
 mod constraint;
 pub mod executor;
 mod pace;
@@ -20,6 +21,7 @@ use std::time::Instant;
 use strata_model::Vocabulary;
 use tokio::sync::{mpsc, oneshot};
 
+pub use adapter::Adapter;
 pub(crate) use constraint::lark_regex;
 pub use constraint::{Constraint, Form, FormError, Forms};
 pub use sample::{Sampling, TokenProb};
@@ -65,6 +67,8 @@ pub struct Submission {
     pub client: ClientId,
     /// Lower is earlier: each level is worth a number of tokens, see [`crate::schedule`].
     pub priority: i64,
+    /// The LoRA adapter that it is computed with.
+    pub adapter: Option<Arc<Adapter>>,
     /// Report each token's log-probability and that many alternatives.
     pub log_probs: Option<usize>,
 }

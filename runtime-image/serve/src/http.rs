@@ -8,6 +8,7 @@ mod chat;
 mod completions;
 mod error;
 mod form;
+mod lora;
 mod other;
 mod prepare;
 mod respond;
@@ -25,6 +26,7 @@ use axum::response::Response;
 use axum::routing::{get, post};
 use strata_model::{ChatTemplate, GenerationConfig, ModelConfig, Vocabulary};
 
+use crate::adapters::Adapters;
 use crate::engine::{Engine, Forms};
 use crate::metrics::Metrics;
 pub(crate) use admit::Admission;
@@ -52,6 +54,9 @@ pub(crate) struct Served {
     pub(crate) engine: Engine,
     pub(crate) forms: Forms,
     pub(crate) metrics: Arc<Metrics>,
+    pub(crate) adapters: Adapters,
+    /// Adapters are loaded and unloaded over HTTP.
+    pub(crate) adapter_updates: bool,
     /// When it was loaded, in Unix seconds.
     pub(crate) created: u64,
 }
@@ -128,6 +133,8 @@ fn v1() -> Router<Arc<State>> {
         .route("/chat/completions", post(chat::create))
         .route("/completions", post(completions::create))
         .route("/models", get(other::models))
+        .route("/load_lora_adapter", post(lora::load))
+        .route("/unload_lora_adapter", post(lora::unload))
         .route("/models/{*id}", get(other::model))
 }
 

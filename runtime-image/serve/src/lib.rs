@@ -5,6 +5,7 @@
 //! ```
 //! `schedule` is pure, `engine::executor` knows matrices and blocks but no requests, `http` knows requests but no tensors.
 
+mod adapters;
 mod args;
 pub mod engine;
 mod error;
@@ -15,7 +16,7 @@ pub mod schedule;
 mod server;
 mod tls;
 
-pub use args::{ApiKey, CacheDtype, ServeArgs};
+pub use args::{ApiKey, CacheDtype, LoraModule, ServeArgs};
 pub use engine::executor::Precision;
 pub use engine::{ScoreError, Scorer, Speculation};
 pub use error::ServeError;

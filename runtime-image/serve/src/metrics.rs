@@ -1,5 +1,7 @@
 //! Metrics under vLLM's names, so that its dashboards and the schedulers that read them work unchanged.
 
+use std::collections::BTreeSet;
+use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
 
 use prometheus::{
@@ -29,6 +31,9 @@ const TOKENS: &[f64] = &[
 /// The server's metrics.
 pub struct Metrics {
     registry: Registry,
+    adapters: GaugeVec,
+    /// What it shows: the most adapters, those that run, those that wait. Empty until adapters are accepted.
+    shown_adapters: Mutex<Option<(usize, String, String)>>,
     running: IntGauge,
     waiting: IntGauge,
     usage: Gauge,
@@ -85,6 +90,14 @@ impl Metrics {
             finished.with_label_values(&[reason.name()]); // shown as 0 from the start
         }
         Ok(Metrics {
+            adapters: register!(GaugeVec::new(
+                opts(
+                    "lora_requests_info",
+                    "Adapters of the requests that run and wait, in labels; when that changed."
+                ),
+                &["max_lora", "running_lora_adapters", "waiting_lora_adapters"]
+            )),
+            shown_adapters: Mutex::default(),
             running: register!(IntGauge::with_opts(opts(
                 "num_requests_running",
                 "Requests being computed."
@@ -193,6 +206,39 @@ impl Metrics {
         self.drafts.inc();
         self.draft_tokens.inc_by(drafts as u64);
         self.accepted_tokens.inc_by(accepted as u64);
+    }
+
+    /// From now on adapters are shown; at most `most` are loaded.
+    pub(crate) fn enable_adapters(&self, most: usize) {
+        self.show_adapters(most, String::new(), String::new());
+    }
+
+    /// Shows the adapters of the requests that run, and of those that wait.
+    pub(crate) fn adapters<'a>(&self, names: impl FnOnce() -> (BTreeSet<&'a str>, BTreeSet<&'a str>)) {
+        let Some(before) = self.shown().clone() else {
+            return;
+        };
+        let (running, waiting) = names();
+        let join = |names: BTreeSet<&str>| names.into_iter().collect::<Vec<_>>().join(",");
+        let now = (before.0, join(running), join(waiting));
+        if now != before {
+            self.show_adapters(now.0, now.1, now.2);
+        }
+    }
+
+    fn show_adapters(&self, most: usize, running: String, waiting: String) {
+        // A schedule of llm-d's reads the newest line: there is only one.
+        self.adapters.reset();
+        self.adapters
+            .with_label_values(&[most.to_string().as_str(), running.as_str(), waiting.as_str()])
+            .set(crate::http::unix_seconds() as f64);
+        *self.shown() = Some((most, running, waiting));
+    }
+
+    fn shown(&self) -> MutexGuard<'_, Option<(usize, String, String)>> {
+        self.shown_adapters
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     pub(crate) fn step(&self, tokens: usize) {

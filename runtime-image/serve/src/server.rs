@@ -19,7 +19,8 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{oneshot, watch};
 
-use crate::args::ServeArgs;
+use crate::adapters::{AdapterError, Adapters};
+use crate::args::{LoraModule, ServeArgs};
 use crate::engine::executor::{Executor, Precision, block_bytes};
 use crate::engine::{Drafter, Engine, Forms, Speculation};
 use crate::error::ServeError;
@@ -238,7 +239,20 @@ fn load(args: &ServeArgs) -> Result<(Served, oneshot::Receiver<()>), ServeError>
         })?;
     let eos = model.generation.eos.clone();
     let forms = Forms::new(model.vocabulary.clone(), model.config.vocab_size, eos);
+    let most = if args.enable_lora { args.max_loras as usize } else { 0 };
+    let adapters = Adapters::new(&model.config, &names, most, args.max_lora_rank as usize);
+    for LoraModule { name, path } in &args.lora_modules {
+        adapters.load(name, path).map_err(|error| match error {
+            AdapterError::Model(error) => ServeError::Model(error),
+            other => ServeError::Arguments(format!("--lora-modules: {other}")),
+        })?;
+    }
+    if args.enable_lora {
+        metrics.enable_adapters(most);
+    }
     let served = Served {
+        adapters,
+        adapter_updates: args.adapter_updates(),
         names,
         max_model_len,
         config: model.config,

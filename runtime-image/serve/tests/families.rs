@@ -44,6 +44,7 @@ fn logits(config: &ModelConfig, weights: &dyn Weights) -> Vec<Vec<f32>> {
         let batch = Batch {
             rows,
             tables: vec![(0..16).rev().collect()],
+            ..Batch::default()
         };
         executor.forward(&batch, |_, logits| out.push(logits.to_vec()));
     }

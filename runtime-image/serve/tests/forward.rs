@@ -120,6 +120,7 @@ fn run(executor: &mut Executor, tokens: &[u32], pieces: &[usize], table: &[u32])
             &Batch {
                 rows,
                 tables: vec![table.to_vec()],
+                ..Batch::default()
             },
             |_, logits| out.push(logits.to_vec()),
         );
@@ -225,6 +226,7 @@ fn chunks_neighbours_and_the_place_of_blocks_change_no_bit() {
                 &Batch {
                     rows,
                     tables: tables.clone(),
+                    ..Batch::default()
                 },
                 |row, logits| {
                     if row == own {

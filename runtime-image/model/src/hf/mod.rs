@@ -4,7 +4,7 @@ mod read;
 mod write;
 
 pub use read::{HfModel, Safetensors, open_weights};
-pub(crate) use read::{Texts, texts};
+pub(crate) use read::{Texts, read_json, texts};
 pub(crate) use write::join;
 pub use write::{Folder, write, write_safetensors};
 

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::adapter::{Adapter, Adapters, Target};
 use strata_kernels::arena::Arena;
 use strata_kernels::cpu::{Isa, isa};
 use strata_kernels::infer::{
@@ -71,6 +72,8 @@ pub struct Batch {
     pub rows: Vec<Row>,
     /// The blocks of each sequence.
     pub tables: Vec<Vec<u32>>,
+    /// The adapter of each sequence that has one; it may end before the tables do.
+    pub adapters: Vec<Option<Arc<Adapter>>>,
 }
 
 /// Buffers of a forward pass, kept between passes.
@@ -87,6 +90,7 @@ struct Scratch {
     gate: Vec<f32>,
     up: Vec<f32>,
     product: Vec<f32>,
+    adapters: Adapters,
     rows: Rows,
     /// What a norm in place reads.
     copy: Vec<f32>,
@@ -315,7 +319,9 @@ impl Executor {
             let scale = (hidden as f32).sqrt();
             s.hidden.iter_mut().for_each(|x| *x *= scale);
         }
-        for (layer, cache) in layers.iter().zip(cache) {
+        s.adapters
+            .set(batch.rows.iter().map(|row| batch.adapters.get(row.table)?.as_ref()));
+        for (index, (layer, cache)) in layers.iter().zip(cache).enumerate() {
             rms_norm(
                 &mut s.normed,
                 &mut s.inverse,
@@ -336,6 +342,18 @@ impl Executor {
                 (&layer.values, s.values.as_mut_slice()),
             ];
             matmul(pool, *isa, input, &mut products);
+            s.adapters.apply(
+                pool,
+                *isa,
+                index,
+                &s.normed,
+                hidden,
+                &mut [
+                    (Target::Queries, s.queries.as_mut_slice()),
+                    (Target::Keys, s.keys.as_mut_slice()),
+                    (Target::Values, s.values.as_mut_slice()),
+                ],
+            );
             if let Some(biases) = &layer.biases {
                 for (values, bias) in [&mut s.queries, &mut s.keys, &mut s.values].into_iter().zip(biases) {
                     values.chunks_exact_mut(bias.len()).for_each(|row| add(row, bias));
@@ -352,6 +370,8 @@ impl Executor {
             attend(pool, *isa, cache, &layer.scoring, &s.queries, &sequences, &mut s.mixed);
             let input = s.rows.input(pool, *isa, &mut s.mixed, width, &[&layer.output]);
             matmul(pool, *isa, input, &mut [(&layer.output, s.projected.as_mut_slice())]);
+            let outs = &mut [(Target::Output, s.projected.as_mut_slice())];
+            s.adapters.apply(pool, *isa, index, &s.mixed, width, outs);
             if let Some(gain) = &layer.attention_post_norm {
                 norm_in_place(&mut s.projected, &mut s.copy, gain, config.norm_eps);
             }
@@ -373,6 +393,8 @@ impl Executor {
                 input,
                 &mut [(&layer.gate, s.gate.as_mut_slice()), (&layer.up, s.up.as_mut_slice())],
             );
+            let outs = &mut [(Target::Gate, s.gate.as_mut_slice()), (Target::Up, s.up.as_mut_slice())];
+            s.adapters.apply(pool, *isa, index, &s.normed, hidden, outs);
             match spec.activation {
                 Activation::Silu => silu_mul(&mut s.product, &s.gate, &s.up),
                 Activation::GeluTanh => gelu_mul(&mut s.product, &s.gate, &s.up),
@@ -381,6 +403,9 @@ impl Executor {
                 .rows
                 .input(pool, *isa, &mut s.product, config.intermediate_size, &[&layer.down]);
             matmul(pool, *isa, input, &mut [(&layer.down, s.projected.as_mut_slice())]);
+            let outs = &mut [(Target::Down, s.projected.as_mut_slice())];
+            s.adapters
+                .apply(pool, *isa, index, &s.product, config.intermediate_size, outs);
             if let Some(gain) = &layer.feed_forward_post_norm {
                 norm_in_place(&mut s.projected, &mut s.copy, gain, config.norm_eps);
             }
@@ -406,6 +431,7 @@ impl Executor {
                 logits(*row, values);
             }
         }
+        s.adapters.clear();
     }
 }
 
@@ -434,7 +460,7 @@ fn norm_in_place(values: &mut [f32], copy: &mut Vec<f32>, gain: &[f32], eps: f32
     rms_norm(values, inverse, read, gain, eps);
 }
 
-fn add(to: &mut [f32], values: &[f32]) {
+pub(super) fn add(to: &mut [f32], values: &[f32]) {
     to.iter_mut().zip(values).for_each(|(to, value)| *to += value);
 }
 

@@ -1,6 +1,6 @@
 //! The engine's thread: takes requests, runs a step after the other, gives out what was sampled.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -142,7 +142,20 @@ impl Runner {
             }
             self.step();
             self.metrics.scheduler(&self.scheduler);
+            self.show_adapters();
         }
+    }
+
+    /// Which adapters run, and which only wait.
+    fn show_adapters(&self) {
+        let names = |runs: bool| -> BTreeSet<&str> {
+            let requests = self.active.iter();
+            let requests = requests.filter(|(id, _)| self.scheduler.table(**id).is_empty() != runs);
+            requests
+                .filter_map(|(_, request)| Some(request.submission.adapter.as_ref()?.name()))
+                .collect()
+        };
+        self.metrics.adapters(|| (names(true), names(false)));
     }
 
     fn new_id(&mut self) -> RequestId {
@@ -202,6 +215,7 @@ impl Runner {
             let tokens = tokens.iter().chain(drafts.iter());
             let table = batch.tables.len();
             batch.tables.push(self.scheduler.table(work.id).to_vec());
+            batch.adapters.push(self.active[&work.id].submission.adapter.clone());
             batch.rows.extend(tokens.enumerate().map(|(i, token)| Row {
                 token: *token,
                 position: (work.start + i) as u32,

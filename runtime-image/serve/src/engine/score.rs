@@ -118,6 +118,7 @@ impl Scorer {
             let batch = Batch {
                 rows,
                 tables: vec![self.table.clone()],
+                ..Batch::default()
             };
             self.executor.forward(&batch, |row, logits| visit(start + row, logits));
         }

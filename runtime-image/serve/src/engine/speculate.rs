@@ -170,7 +170,12 @@ impl DraftModel {
             }));
             self.computed.insert(work.id, end);
         }
-        let mut batch = Batch { rows, tables };
+        // Drafts come from the base: what an adapter makes of them decides the verification.
+        let mut batch = Batch {
+            rows,
+            tables,
+            ..Batch::default()
+        };
         loop {
             let (rows, guesses) = (&batch.rows, &mut drafts);
             self.executor.forward(&batch, |row, logits| {

@@ -8,6 +8,7 @@ use axum::extract::{FromRequest, Request};
 use axum::http::StatusCode;
 use axum::response::IntoResponse;
 use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::error::ApiError;
@@ -49,6 +50,8 @@ pub(super) struct Admitted {
     held: OwnedSemaphorePermit,
     /// Who sent it, by the key that it presents.
     pub(super) client: Option<ClientId>,
+    /// What counts instead of the model that the body names.
+    model: Option<String>,
 }
 
 impl FromRequest<Arc<State>> for Admitted {
@@ -76,11 +79,22 @@ impl FromRequest<Arc<State>> for Admitted {
                 let message = format!("the body could not be read: {}", rejection.body_text());
                 ApiError::body(rejection.into_response().status(), message)
             })?;
-        Ok(Admitted { body, held, client })
+        Ok(Admitted {
+            body,
+            held,
+            client,
+            model: None,
+        })
     }
 }
 
 impl Admitted {
+    /// The request is for `model`, whatever its body says.
+    pub(super) fn of_model(mut self, model: String) -> Self {
+        self.model = Some(model);
+        self
+    }
+
     /// Parses the body and does `work` with it. That may take a while; other connections go on meanwhile.
     pub(super) async fn prepare<R, T>(
         self,
@@ -96,10 +110,17 @@ impl Admitted {
         let turn = turn.map_err(|_| failed())?;
         let state = state.clone();
         let task = tokio::task::spawn_blocking(move || {
-            let Admitted { body, held, .. } = self;
+            let Admitted { body, held, model, .. } = self;
             // Not given back before the work is done, even if the client has gone.
             let _bounds = (held, turn);
-            let request = serde_json::from_slice(&body).map_err(|error| {
+            let request = match model {
+                None => serde_json::from_slice(&body),
+                Some(model) => serde_json::from_slice(&body).and_then(|mut request: Map<String, Value>| {
+                    request.insert("model".to_owned(), model.into());
+                    serde_json::from_value(request.into())
+                }),
+            };
+            let request = request.map_err(|error| {
                 ApiError::invalid(None, format!("the body is not the JSON object that is needed: {error}"))
             })?;
             work(state.model()?, request)

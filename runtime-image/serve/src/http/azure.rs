@@ -16,7 +16,7 @@ pub(super) async fn chat(
     Path(name): Path<String>,
     request: Admitted,
 ) -> Result<Response, ApiError> {
-    deployment(&state, &name)?;
+    let request = deployment(&state, name, request)?;
     chat::create(Extract(state), request).await
 }
 
@@ -26,14 +26,19 @@ pub(super) async fn completions(
     Path(name): Path<String>,
     request: Admitted,
 ) -> Result<Response, ApiError> {
-    deployment(&state, &name)?;
+    let request = deployment(&state, name, request)?;
     completions::create(Extract(state), request).await
 }
 
-fn deployment(state: &State, name: &str) -> Result<(), ApiError> {
-    let names = &state.model()?.names;
-    match names.iter().any(|known| known == name) {
-        true => Ok(()),
-        false => Err(ApiError::unknown_deployment(name, names)),
+/// An adapter is a deployment as well. Then its name counts, and not what the body says besides.
+fn deployment(state: &State, name: String, request: Admitted) -> Result<Admitted, ApiError> {
+    let served = state.model()?;
+    if served.names.contains(&name) {
+        return Ok(request);
     }
+    if served.adapters.get(&name).is_some() {
+        return Ok(request.of_model(name));
+    }
+    let known = [served.names.clone(), served.adapters.names()].concat();
+    Err(ApiError::unknown_deployment(&name, &known))
 }

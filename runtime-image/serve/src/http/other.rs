@@ -14,16 +14,21 @@ use super::error::ApiError;
 use super::{Served, State, prepare};
 
 fn card(served: &Served, name: &str) -> Value {
+    let (created, root, parent) = match served.adapters.get(name) {
+        Some(loaded) => (loaded.created, json!(loaded.path), json!(served.names[0])),
+        None => (served.created, json!(served.names[0]), Value::Null),
+    };
     json!({
-        "id": name, "object": "model", "created": served.created, "owned_by": "strata",
-        "root": served.names[0], "parent": null, "max_model_len": served.max_model_len,
+        "id": name, "object": "model", "created": created, "owned_by": "strata",
+        "root": root, "parent": parent, "max_model_len": served.max_model_len,
     })
 }
 
 /// `GET /v1/models`
 pub(super) async fn models(Extract(state): Extract<Arc<State>>) -> Result<Json<Value>, ApiError> {
     let served = state.model()?;
-    let cards: Vec<Value> = served.names.iter().map(|name| card(served, name)).collect();
+    let names = [served.names.clone(), served.adapters.names()].concat();
+    let cards: Vec<Value> = names.iter().map(|name| card(served, name)).collect();
     Ok(Json(json!({ "object": "list", "data": cards })))
 }
 

@@ -11,7 +11,7 @@ use super::Served;
 use super::api::{OneOrMany, Options};
 use super::error::ApiError;
 use super::tools::{self, Reader, Tools};
-use crate::engine::{Sampling, Submission};
+use crate::engine::{Adapter, Sampling, Submission};
 use crate::schedule::ClientId;
 
 /// The most stop strings, and the longest, in bytes.
@@ -36,13 +36,17 @@ pub(super) struct Prepared {
     pub(super) reader: Option<Reader>,
 }
 
-/// Checks that the request is for a model that is served.
-pub(super) fn model(served: &Served, name: Option<&str>) -> Result<(), ApiError> {
-    match name {
-        Some(name) if !served.names.iter().any(|known| known == name) => {
-            Err(ApiError::unknown_model(name, &served.names))
+/// Checks that the request is for a model that is served; the adapter, if the name is that of one.
+pub(super) fn model(served: &Served, name: Option<&str>) -> Result<Option<Arc<Adapter>>, ApiError> {
+    let Some(name) = name.filter(|name| !served.names.iter().any(|known| known == name)) else {
+        return Ok(None);
+    };
+    match served.adapters.get(name) {
+        Some(loaded) => Ok(Some(loaded.adapter)),
+        None => {
+            let known = [served.names.clone(), served.adapters.names()].concat();
+            Err(ApiError::unknown_model(name, &known))
         }
-        _ => Ok(()),
     }
 }
 
@@ -159,9 +163,10 @@ pub(super) fn prepare(
             let message = format!("min_tokens is {min_tokens}; at most {max_tokens} tokens can be generated");
             ApiError::invalid("min_tokens", message)
         })?;
+    let adapter = model(served, options.model.as_deref())?;
     Ok(Prepared {
         submission: Submission {
-            salt: cache_salt(options.cache_salt.as_deref())?,
+            salt: cache_salt(options.cache_salt.as_deref(), adapter.as_deref())?,
             client: options
                 .safety_identifier
                 .or(options.user)
@@ -177,6 +182,7 @@ pub(super) fn prepare(
             show_stop: options.include_stop_str_in_output == Some(true),
             show_special: options.skip_special_tokens == Some(false),
             log_probs,
+            adapter,
             constraint: None,
         },
         stream: options.stream == Some(true),
@@ -185,14 +191,18 @@ pub(super) fn prepare(
     })
 }
 
-/// vLLM's field for keeping tenants apart in the prefix cache.
-fn cache_salt(salt: Option<&str>) -> Result<Arc<[u8]>, ApiError> {
+/// What keeps apart in the prefix cache: vLLM's field for tenants, and the adapter.
+fn cache_salt(salt: Option<&str>, adapter: Option<&Adapter>) -> Result<Arc<[u8]>, ApiError> {
     match salt {
         Some(text) if text.is_empty() || text.len() > MAX_SALT_BYTES => {
             let message = format!("cache_salt takes a text of 1 to {MAX_SALT_BYTES} bytes");
             Err(ApiError::invalid("cache_salt", message))
         }
-        salt => Ok(crate::engine::salt(&[salt.unwrap_or_default().as_bytes()])),
+        salt => {
+            let adapter = adapter.map(Adapter::salt);
+            let adapter = adapter.as_ref().map_or(&[][..], |salt| salt.as_slice());
+            Ok(crate::engine::salt(&[salt.unwrap_or_default().as_bytes(), adapter]))
+        }
     }
 }
 

@@ -95,7 +95,10 @@ async fn respond(served: &Served, prepared: Prepared, shape: Shape) -> Result<Re
             random()
         ),
         created: unix_seconds(),
-        model: served.names[0].clone(),
+        model: match &prepared.submission.adapter {
+            Some(adapter) => adapter.name().to_owned(),
+            None => served.names[0].clone(),
+        },
         vocabulary: served.vocabulary.clone(),
         offsets: vec![0; prepared.submission.choices],
     };

@@ -6,11 +6,14 @@
 )]
 
 mod access;
+mod adapters;
 mod answers;
 mod choices;
 mod fairness;
 mod forms;
 mod life;
+#[path = "../peft/mod.rs"]
+mod peft;
 mod refusals;
 mod speculation;
 mod tools;
