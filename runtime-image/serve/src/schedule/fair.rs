@@ -28,7 +28,7 @@ const AHEAD_TOKENS: u64 = 1024;
 /// Counters are kept in parts of a token, since the floor rises by fractions.
 const UNIT: u64 = 1 << 20;
 /// Clients remembered that have no request.
-const MAX_IDLE: usize = 4096;
+const MAX_IDLE: usize = 1024;
 
 /// Where a request stands among those of its client, and who loses its blocks last. It never changes, so that the first one
 /// always gets on.
