@@ -3,6 +3,7 @@
 //!
 //! `cargo run -p strata-serve --example masks -- MODEL`
 
+use std::io::Write;
 use std::time::Instant;
 
 use serde_json::json;
@@ -17,13 +18,15 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         model.config.vocab_size,
         model.generation.eos.clone(),
     );
+    let mut out = std::io::stdout().lock();
     let begin = Instant::now();
     forms.compile(Form::Regex("a".to_owned()))?;
-    println!(
+    writeln!(
+        out,
         "index {:.3} s, {} tokens",
         begin.elapsed().as_secs_f64(),
         model.config.vocab_size
-    );
+    )?;
     let person = json!({ "type": "object", "properties": {
         "name": { "type": "string" }, "age": { "type": "integer" }, "tags": { "type": "array", "items": { "type": "string" } },
     }, "required": ["name", "age", "tags"], "additionalProperties": false, "x-guidance": { "whitespace_pattern": " " } });
@@ -74,7 +77,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             }
         }
         micros.sort_by(f64::total_cmp);
-        println!(
+        writeln!(
+            out,
             "{name}: compile {:.2} ms, again {:.2} ms; mask mean {:.0} µs, median {:.0}, p95 {:.0}, largest {:.0}",
             compile.as_secs_f64() * 1e3,
             again.as_secs_f64() * 1e3,
@@ -82,7 +86,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             micros[micros.len() / 2],
             micros[micros.len() * 95 / 100],
             micros[micros.len() - 1],
-        );
+        )?;
     }
     Ok(())
 }

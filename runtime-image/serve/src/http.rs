@@ -8,6 +8,7 @@ mod chat;
 mod completions;
 mod error;
 mod form;
+mod gather;
 mod lora;
 mod other;
 mod prepare;

@@ -9,7 +9,7 @@ use super::form::FormFields;
 use super::tools::ToolFields;
 
 /// Fields that chat and plain completions share.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct Options {
     pub(super) model: Option<String>,
@@ -42,14 +42,14 @@ pub(super) struct Options {
 }
 
 /// How a stream is sent.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct StreamOptions {
     pub(super) include_usage: Option<bool>,
 }
 
 /// A text or a list of texts.
-#[derive(Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize)]
 #[serde(untagged)]
 pub(super) enum OneOrMany {
     One(String),
@@ -80,6 +80,8 @@ pub(super) struct ChatRequest {
 #[derive(Debug, Deserialize)]
 pub(super) struct CompletionRequest {
     pub(super) prompt: Prompt,
+    #[serde(default)]
+    pub(super) echo: Option<bool>,
     #[serde(flatten)]
     pub(super) options: Options,
     #[serde(default)]
@@ -90,7 +92,7 @@ pub(super) struct CompletionRequest {
     pub(super) rest: Map<String, Value>,
 }
 
-/// A prompt as text or as token ids; a list of prompts may have one.
+/// A prompt as text or as token ids, or several of one kind.
 #[derive(Debug, Deserialize)]
 #[serde(untagged)]
 pub(super) enum Prompt {

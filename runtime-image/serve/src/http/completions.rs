@@ -15,6 +15,8 @@ use super::{Served, State, unsupported};
 
 /// OpenAI's default for `max_tokens` here.
 const DEFAULT_MAX_TOKENS: usize = 16;
+/// The most prompts of a request; each counts as a request for the engine.
+const MAX_PROMPTS: usize = 128;
 
 pub(super) async fn create(Extract(state): Extract<Arc<State>>, request: Admitted) -> Result<Response, ApiError> {
     answer(state, request, Shape::Completion, prepared).await
@@ -23,42 +25,56 @@ pub(super) async fn create(Extract(state): Extract<Arc<State>>, request: Admitte
 fn prepared(served: &Served, mut request: CompletionRequest) -> Result<Prepared, ApiError> {
     model(served, request.options.model.as_deref())?;
     unsupported::check(&request.rest)?;
-    let one = |count: usize| match count {
-        1 => Ok(()),
-        count => Err(ApiError::invalid(
-            "prompt",
-            format!("{count} prompts in one request; this server takes one: send a request for each"),
-        )),
-    };
     let text = |text: &str| {
         served
             .vocabulary
             .encode(text, request.add_special_tokens.unwrap_or(true))
             .map_err(|error| ApiError::invalid("prompt", error.to_string()))
     };
-    let tokens = match request.prompt {
-        Prompt::Text(prompt) => text(&prompt)?,
-        Prompt::Tokens(tokens) => tokens,
-        Prompt::Texts(prompts) => {
-            one(prompts.len())?;
-            text(&prompts[0])?
-        }
-        Prompt::TokenLists(mut lists) => {
-            one(lists.len())?;
-            lists.remove(0)
-        }
+    let prompts = match request.prompt {
+        Prompt::Text(prompt) => vec![text(&prompt)?],
+        Prompt::Tokens(tokens) => vec![tokens],
+        Prompt::Texts(prompts) => prompts.iter().map(|prompt| text(prompt)).collect::<Result<_, _>>()?,
+        Prompt::TokenLists(lists) => lists,
     };
+    if prompts.is_empty() || prompts.len() > MAX_PROMPTS {
+        let message = format!("{} prompts; 1 to {MAX_PROMPTS} are possible", prompts.len());
+        return Err(ApiError::invalid("prompt", message));
+    }
+    let echo = request.echo == Some(true);
+    if echo && request.logprobs.is_some() {
+        let message = "echo with logprobs is not supported: log-probabilities of the prompt are not computed";
+        return Err(ApiError::invalid("echo", message));
+    }
     let max_tokens = request.options.max_tokens;
     let asked = std::mem::take(&mut request.options.form).asked()?;
-    let mut prepared = prepare(
-        served,
-        request.options,
-        tokens,
-        "prompt",
-        max_tokens,
-        DEFAULT_MAX_TOKENS,
-        request.logprobs,
-    )?;
-    prepared.submission.constraint = asked.map(|asked| form::compile(served, asked)).transpose()?;
-    Ok(prepared)
+    let constraint = asked.map(|asked| form::compile(served, asked)).transpose()?;
+    let mut first: Option<Prepared> = None;
+    for tokens in prompts {
+        // A known prompt's tokens all have text; what has none is refused by `prepare`.
+        let shown = if echo {
+            served.vocabulary.decode(&tokens, true).unwrap_or_default()
+        } else {
+            String::new()
+        };
+        let mut prepared = prepare(
+            served,
+            request.options.clone(),
+            tokens,
+            "prompt",
+            max_tokens,
+            DEFAULT_MAX_TOKENS,
+            request.logprobs,
+        )?;
+        prepared.submission.constraint.clone_from(&constraint);
+        let first = match &mut first {
+            Some(first) => {
+                first.others.push(prepared.submission);
+                first
+            }
+            None => first.insert(prepared),
+        };
+        first.echo.extend(echo.then_some(shown));
+    }
+    first.ok_or_else(|| ApiError::invalid("prompt", "the prompt has no tokens"))
 }

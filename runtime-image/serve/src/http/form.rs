@@ -18,7 +18,7 @@ const WHITESPACE: &str = r"( |\n[ \t]{0,32})";
 const COMBINING: [&str; 5] = ["allOf", "oneOf", "not", "if", "unevaluatedProperties"];
 
 /// The fields of a request that ask for a form.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct FormFields {
     response_format: Option<ResponseFormat>,
@@ -29,21 +29,21 @@ pub(super) struct FormFields {
     guided_grammar: Option<String>,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize)]
 struct ResponseFormat {
     #[serde(rename = "type")]
     kind: String,
     json_schema: Option<NamedSchema>,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize)]
 struct NamedSchema {
     schema: Option<Value>,
     strict: Option<bool>,
 }
 
 /// vLLM's. `_backend` and other fields that choose how it is done are not looked at.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 struct StructuredOutputs {
     json: Option<Value>,

@@ -30,6 +30,10 @@ const ROLES: [&str; 6] = ["system", "developer", "user", "assistant", "tool", "f
 /// What both kinds of completion need besides the prompt.
 pub(super) struct Prepared {
     pub(super) submission: Submission,
+    /// Those of further prompts of the same request.
+    pub(super) others: Vec<Submission>,
+    /// What stands before each prompt's answers, if anything does.
+    pub(super) echo: Vec<String>,
     pub(super) stream: bool,
     pub(super) include_usage: bool,
     /// Finds the calls in an answer that may have some.
@@ -188,6 +192,8 @@ pub(super) fn prepare(
         stream: options.stream == Some(true),
         include_usage: options.stream_options.and_then(|options| options.include_usage) == Some(true),
         reader: None,
+        others: Vec::new(),
+        echo: Vec::new(),
     })
 }
 

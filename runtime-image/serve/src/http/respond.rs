@@ -12,14 +12,14 @@ use futures::stream;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 use strata_model::Vocabulary;
-use tokio::sync::mpsc;
 
 use super::admit::Admitted;
 use super::error::ApiError;
+use super::gather::{Choice, Counting, Events, parts, reason_name};
 use super::prepare::{Prepared, client, random};
 use super::tools::{Part, Reader};
 use super::{Served, State, unix_seconds};
-use crate::engine::{Event, FinishReason, TokenProb, Usage};
+use crate::engine::{Event, TokenProb, Usage};
 
 /// How often a silent stream sends a comment, so that proxies keep it open.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
@@ -32,8 +32,8 @@ pub(super) enum Shape {
 }
 
 /// What every object of one response repeats.
-struct Frame {
-    shape: Shape,
+pub(super) struct Frame {
+    pub(super) shape: Shape,
     id: String,
     created: u64,
     model: String,
@@ -42,30 +42,7 @@ struct Frame {
     offsets: Vec<usize>,
 }
 
-/// What is known of the usage of a response whose choices end one by one.
-struct Counting {
-    usage: Usage,
-    running: usize,
-}
-
-impl Counting {
-    fn new(choices: usize) -> Self {
-        Counting {
-            usage: Usage::default(),
-            running: choices,
-        }
-    }
-
-    /// Another choice has ended. The prompt counts once, and what it found in the cache is what the first choice found.
-    fn ended(&mut self, usage: &Usage) {
-        self.running = self.running.saturating_sub(1);
-        self.usage.prompt_tokens = usage.prompt_tokens;
-        self.usage.cached_tokens = usage.cached_tokens;
-        self.usage.completion_tokens += usage.completion_tokens;
-    }
-}
-
-type LogProbs = (TokenProb, Vec<TokenProb>);
+pub(super) type LogProbs = (TokenProb, Vec<TokenProb>);
 
 /// Prepares a request and answers.
 pub(super) async fn answer<R: DeserializeOwned + 'static>(
@@ -100,107 +77,42 @@ async fn respond(served: &Served, prepared: Prepared, shape: Shape) -> Result<Re
             None => served.names[0].clone(),
         },
         vocabulary: served.vocabulary.clone(),
-        offsets: vec![0; prepared.submission.choices],
+        offsets: vec![0; prepared.submission.choices * (1 + prepared.others.len())],
     };
     let Prepared {
         submission,
+        others,
+        echo,
         stream,
         include_usage,
         reader,
     } = prepared;
-    let readers = vec![reader; submission.choices];
-    let events = served.engine.submit(submission)?;
+    let choices = submission.choices;
+    let readers = vec![reader; choices * (1 + others.len())];
+    // Those that were taken are cancelled if a later one is not: their receivers go.
+    let receivers = std::iter::once(submission)
+        .chain(others)
+        .map(|one| served.engine.submit(one));
+    let receivers = receivers.collect::<Result<Vec<_>, _>>()?;
+    let events = Events { receivers, choices };
     if stream {
-        Ok(streamed(frame, events, include_usage, readers))
+        Ok(streamed(frame, events, include_usage, readers, &echo))
     } else {
-        whole(frame, events, readers).await
-    }
-}
-
-/// One answer, as far as it has come.
-struct Choice {
-    reader: Option<Reader>,
-    content: String,
-    calls: Vec<Value>,
-    log_probs: Vec<LogProbs>,
-    reason: Option<FinishReason>,
-}
-
-impl Choice {
-    fn new(reader: Option<Reader>) -> Self {
-        Choice {
-            reader,
-            content: String::new(),
-            calls: Vec::new(),
-            log_probs: Vec::new(),
-            reason: None,
-        }
-    }
-
-    fn take(&mut self, text: &str, last: bool) {
-        for part in parts(self.reader.as_mut(), text, last) {
-            match part {
-                Part::Content(text) => self.content += &text,
-                Part::Call { id, name, .. } => self.calls.push(json!({
-                    "id": id, "type": "function", "function": { "name": name, "arguments": "" },
-                })),
-                Part::Arguments { index, json } => {
-                    if let Some(Value::String(arguments)) = self.calls[index].pointer_mut("/function/arguments") {
-                        *arguments += &json;
-                    }
-                }
-            }
-        }
-    }
-
-    fn object(self, frame: &Frame, index: usize) -> Value {
-        let log_probs = frame.log_probs(index, &self.log_probs);
-        let reason = self.reason.map(|reason| reason_name(reason, !self.calls.is_empty()));
-        if frame.shape == Shape::Completion {
-            return json!({ "index": index, "text": self.content, "logprobs": log_probs, "finish_reason": reason });
-        }
-        let mut message = json!({ "role": "assistant", "content": self.content, "refusal": null });
-        if !self.calls.is_empty() {
-            if self.content.is_empty() {
-                message["content"] = Value::Null;
-            }
-            message["tool_calls"] = Value::Array(self.calls);
-        }
-        json!({ "index": index, "message": message, "logprobs": log_probs, "finish_reason": reason })
-    }
-}
-
-/// What a text turns out to be; all of it content, if no calls are looked for.
-fn parts(reader: Option<&mut Reader>, text: &str, last: bool) -> Vec<Part> {
-    let Some(reader) = reader else {
-        return if text.is_empty() {
-            Vec::new()
-        } else {
-            vec![Part::Content(text.to_owned())]
-        };
-    };
-    let mut parts = reader.push(text);
-    if last {
-        parts.extend(reader.finish());
-    }
-    parts
-}
-
-/// The word for why an answer ended; one that was completed with calls waits for their results.
-fn reason_name(reason: FinishReason, calls: bool) -> &'static str {
-    match reason {
-        FinishReason::Stop if calls => "tool_calls",
-        reason => reason.name(),
+        whole(frame, events, readers, &echo).await
     }
 }
 
 async fn whole(
     frame: Frame,
-    mut events: mpsc::Receiver<Event>,
+    mut events: Events,
     readers: Vec<Option<Reader>>,
+    echo: &[String],
 ) -> Result<Response, ApiError> {
-    let mut counting = Counting::new(readers.len());
+    let mut counting = Counting::new(readers.len(), events.choices);
     let mut choices: Vec<Choice> = readers.into_iter().map(Choice::new).collect();
+    for (prompt, choices) in echo.iter().zip(choices.chunks_mut(events.choices)) {
+        choices.iter_mut().for_each(|choice| choice.content.clone_from(prompt));
+    }
     while counting.running > 0 {
         match events.recv().await {
             Some(Event::Token {
@@ -219,7 +131,7 @@ async fn whole(
             }) => {
                 choices[choice].take(&text, true);
                 choices[choice].reason = Some(reason);
-                counting.ended(&usage);
+                counting.ended(choice, &usage);
             }
             None => return Err(ApiError::internal("the engine ended before the answer did")),
         }
@@ -235,7 +147,7 @@ async fn whole(
 
 struct Streaming {
     frame: Frame,
-    events: mpsc::Receiver<Event>,
+    events: Events,
     include_usage: bool,
     readers: Vec<Option<Reader>>,
     counting: Counting,
@@ -245,13 +157,14 @@ struct Streaming {
 
 fn streamed(
     frame: Frame,
-    events: mpsc::Receiver<Event>,
+    events: Events,
     include_usage: bool,
     readers: Vec<Option<Reader>>,
+    echo: &[String],
 ) -> Response {
     let choices = readers.len();
     let mut streaming = Streaming {
-        counting: Counting::new(choices),
+        counting: Counting::new(choices, events.choices),
         frame,
         events,
         include_usage,
@@ -266,6 +179,13 @@ fn streamed(
             streaming.send(vec![
                 json!({ "index": index, "delta": delta, "logprobs": null, "finish_reason": null }),
             ]);
+        }
+    }
+    for (i, prompt) in echo.iter().enumerate() {
+        let of_each = streaming.events.choices;
+        for index in i * of_each..(i + 1) * of_each {
+            streaming.frame.offsets[index] += prompt.len();
+            streaming.choice(index, json!({ "content": prompt }), Value::Null, None);
         }
     }
     let stream = stream::unfold(streaming, |mut streaming| async move {
@@ -300,7 +220,7 @@ impl Streaming {
                 self.piece(choice, &text, &[], true);
                 let calls = self.readers[choice].as_ref().is_some_and(|reader| reader.calls() > 0);
                 self.choice(choice, json!({}), Value::Null, Some(reason_name(reason, calls)));
-                self.counting.ended(&usage);
+                self.counting.ended(choice, &usage);
                 if self.counting.running > 0 {
                     return;
                 }
@@ -380,7 +300,7 @@ impl Frame {
         json!({ "id": self.id, "object": object, "created": self.created, "model": self.model, "choices": choices })
     }
 
-    fn log_probs(&self, index: usize, probs: &[LogProbs]) -> Value {
+    pub(super) fn log_probs(&self, index: usize, probs: &[LogProbs]) -> Value {
         if probs.is_empty() {
             return Value::Null;
         }

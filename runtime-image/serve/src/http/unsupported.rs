@@ -24,7 +24,6 @@ use Neutral::{Empty, False, Number, True, Word};
 const UNSUPPORTED: &[(&str, Neutral)] = &[
     // How many answers, and of what.
     ("best_of", Number(1.0)),
-    ("echo", False),
     ("suffix", Empty),
     ("audio", Neutral::None),
     ("reasoning_effort", Word(&["none"])),

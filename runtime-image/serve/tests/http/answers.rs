@@ -125,6 +125,29 @@ async fn requests_say_how_tokens_are_chosen_and_where_they_end() {
     let plain = text(json!({})).await;
     assert_eq!(text(json!({ "prompt": [97, 98, 99] })).await, plain);
     assert_eq!(text(json!({ "prompt": ["abc"] })).await, plain);
+    // Several prompts are answered as each alone, and with echo after their text.
+    let several = json!({ "prompt": ["abc", "xyz"], "n": 2, "echo": true });
+    let both = answer(several.clone()).await;
+    let other = text(json!({ "prompt": "xyz" })).await;
+    let expected = [format!("abc{plain}"), format!("xyz{other}")];
+    let choices = both["choices"].as_array().unwrap();
+    let texts: Vec<&str> = choices.iter().map(|choice| choice["text"].as_str().unwrap()).collect();
+    assert_eq!(texts, [&*expected[0], &expected[0], &expected[1], &expected[1]]);
+    assert_eq!(
+        (&both["usage"]["prompt_tokens"], &both["usage"]["completion_tokens"]),
+        (&json!(6), &json!(80))
+    );
+    let mut body = json!({ "temperature": 0, "max_tokens": 20, "ignore_eos": true, "stream": true });
+    body.as_object_mut()
+        .unwrap()
+        .extend(several.as_object().unwrap().clone());
+    let stream = server.stream("/v1/completions", body).await.text().await.unwrap();
+    let mut streamed = vec![String::new(); 4];
+    for chunk in events(&stream) {
+        let choice = &chunk["choices"][0];
+        streamed[choice["index"].as_u64().unwrap() as usize] += choice["text"].as_str().unwrap();
+    }
+    assert_eq!(streamed, texts);
     // The stop text is not part of the answer.
     let ascii: String = plain.chars().filter(char::is_ascii).collect();
     let stop = &ascii[ascii.len() / 2..ascii.len() / 2 + 1];

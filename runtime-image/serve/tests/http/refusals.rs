@@ -154,9 +154,16 @@ async fn bad_requests_get_openai_errors() {
         ),
         (
             "/v1/completions",
-            json!({ "prompt": ["a", "b"] }).to_string(),
+            json!({ "prompt": vec!["a"; 129] }).to_string(),
             400,
             json!("prompt"),
+            json!(null),
+        ),
+        (
+            "/v1/completions",
+            json!({ "prompt": "a", "echo": true, "logprobs": 1 }).to_string(),
+            400,
+            json!("echo"),
             json!(null),
         ),
         ("/v1/completions", " ".repeat(5 << 20), 413, json!(null), json!(null)),
@@ -188,7 +195,6 @@ async fn what_would_change_the_answer_and_is_not_supported_is_refused_and_defaul
         json!({ "prompt_logprobs": 0 }),
         json!({ "continue_final_message": true }),
         json!({ "add_generation_prompt": false }),
-        json!({ "echo": true }),
         json!({ "suffix": "." }),
     ] {
         let field = refused.as_object().unwrap().keys().next().unwrap();
