@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use serde_json::{Map, json};
 use strata_kernels::infer::{KvDtype, log_sum_exp};
 use strata_model::LoadedModel;
+use strata_serve::engine::{Form, Forms};
 use strata_serve::{Precision, Scorer};
 
 const POSITIONS: usize = 256;
@@ -86,6 +87,36 @@ fn the_model_answers_sensibly_and_quantization_costs_little() {
         bias.abs() < 0.05,
         "8 bits move the text's log-probability by {bias} a token"
     );
+}
+
+#[test]
+fn tokens_of_a_real_vocabulary_are_allowed_where_their_text_is() {
+    let model = LoadedModel::open(&path()).unwrap();
+    let vocabulary = &model.vocabulary;
+    let forms = Forms::new(
+        vocabulary.clone(),
+        model.config.vocab_size,
+        model.generation.eos.clone(),
+    );
+    let schema = json!({ "type": "object", "properties": { "city": { "type": "string" }, "n": { "type": "integer" } },
+        "required": ["city", "n"], "additionalProperties": false, "x-guidance": { "whitespace_pattern": " " } });
+    let mut constraint = forms.compile(Form::Schema(schema)).unwrap();
+    let tokens = vocabulary
+        .encode(r#"{"city": "São Paulo, 東京 😀", "n": -12}"#, false)
+        .unwrap();
+    let special: Vec<u32> = (0..model.config.vocab_size as u32)
+        .filter(|id| vocabulary.is_special(*id))
+        .collect();
+    let mut complete = false;
+    for token in tokens {
+        assert!(!complete);
+        let mask = constraint.mask().unwrap();
+        let allowed = |id: u32| mask.bits()[id as usize / 32] >> (id % 32) & 1 == 1;
+        assert!(allowed(token), "{:?}", vocabulary.token_text(token));
+        assert!(!special.iter().any(|id| allowed(*id)), "a special token is no text");
+        complete = constraint.accept(token).unwrap();
+    }
+    assert!(complete);
 }
 
 /// Mean Kullback-Leibler divergence of the second scorer's predictions from the first one's.

@@ -56,7 +56,9 @@ pub(super) async fn answer<R: DeserializeOwned + 'static>(
     let key = request.client;
     let mut prepared = request.prepare(&state, prepared).await?;
     if let Some(key) = key {
-        prepared.submission.client = client((key, prepared.submission.client));
+        for submission in std::iter::once(&mut prepared.submission).chain(&mut prepared.others) {
+            submission.client = client((key, submission.client));
+        }
     }
     respond(state.accepting()?, prepared, shape).await
 }
