@@ -5,8 +5,10 @@
 
 mod active;
 mod adapter;
+pub mod candle;
 mod constraint;
 pub mod executor;
+mod forward;
 mod pace;
 mod run;
 mod sample;
@@ -24,6 +26,7 @@ use tokio::sync::{mpsc, oneshot};
 pub use adapter::Adapter;
 pub(crate) use constraint::lark_regex;
 pub use constraint::{Constraint, Form, FormError, Forms};
+pub use forward::Forward;
 pub use sample::{Sampling, TokenProb};
 pub use score::{ScoreError, Scorer};
 pub(crate) use speculate::Drafter;
@@ -31,7 +34,6 @@ pub use speculate::Speculation;
 
 use crate::metrics::Metrics;
 use crate::schedule::{ClientId, Limits};
-use executor::Executor;
 use run::{Runner, Shared};
 
 /// The most choices of one request, whatever the limits.
@@ -176,7 +178,7 @@ struct Command {
 impl Engine {
     /// Starts the engine's thread. With `speculation` up to that many tokens are guessed ahead of each step. The receiver resolves when the thread ends: after the last handle is gone, or by a panic.
     pub(crate) fn start(
-        executor: Executor,
+        executor: Box<dyn Forward>,
         speculation: Option<(Drafter, usize)>,
         vocabulary: Arc<Vocabulary>,
         limits: Limits,

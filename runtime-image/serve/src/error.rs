@@ -27,6 +27,9 @@ pub enum ServeError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// The device that computes failed.
+    #[error("the device: {0}")]
+    Device(String),
     /// The engine's thread ended while requests could still come.
     #[error("the engine stopped unexpectedly; its panic message stands in the log")]
     EngineDied,
@@ -41,9 +44,11 @@ impl ServeError {
         match self {
             ServeError::Model(ModelError::Io { .. }) => false,
             ServeError::Model(_) | ServeError::Arguments(_) => true,
-            ServeError::Listen { .. } | ServeError::System { .. } | ServeError::EngineDied | ServeError::Metrics(_) => {
-                false
-            }
+            ServeError::Listen { .. }
+            | ServeError::System { .. }
+            | ServeError::Device(_)
+            | ServeError::EngineDied
+            | ServeError::Metrics(_) => false,
         }
     }
 }

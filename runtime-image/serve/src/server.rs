@@ -21,8 +21,10 @@ use tokio::sync::{oneshot, watch};
 
 use crate::adapters::{AdapterError, Adapters};
 use crate::args::{LoraModule, ServeArgs};
+#[cfg(feature = "cuda")]
+use crate::engine::candle::CandleExecutor;
 use crate::engine::executor::{Executor, Precision, block_bytes};
-use crate::engine::{Drafter, Engine, Forms, Speculation};
+use crate::engine::{Drafter, Engine, Forms, Forward, Speculation};
 use crate::error::ServeError;
 use crate::http::{self, Admission, Keys, Served, State};
 use crate::metrics::Metrics;
@@ -187,35 +189,15 @@ fn load(args: &ServeArgs) -> Result<(Served, oneshot::Receiver<()>), ServeError>
     let configs: Vec<&ModelConfig> = [&model].into_iter().chain(&draft).map(|model| &model.config).collect();
     let limits = limits(args, &configs, memory_limit_bytes())?;
     let max_model_len = max_model_len(args, &model.config, &limits)?;
-    let executor = Executor::new(
-        &model.config,
-        &*model.weights,
-        Precision::Stored,
-        args.kv_cache_dtype.kernel(),
-        limits.block_tokens,
-        limits.blocks,
-        max_model_len,
-    )?;
+    let executor = |model: &LoadedModel| executor(args, model, &limits, max_model_len);
     let speculation = match &args.speculative_config {
         None => None,
         Some(speculation) => {
-            let executor = draft.as_ref().map(|draft| {
-                let dtype = args.kv_cache_dtype.kernel();
-                let (size, blocks) = (limits.block_tokens, limits.blocks);
-                Executor::new(
-                    &draft.config,
-                    &*draft.weights,
-                    Precision::Stored,
-                    dtype,
-                    size,
-                    blocks,
-                    max_model_len,
-                )
-            });
-            let drafter = Drafter::new(speculation, executor.transpose()?);
+            let drafter = Drafter::new(speculation, draft.as_ref().map(executor).transpose()?);
             drafter.map(|drafter| (drafter, speculation.drafts()))
         }
     };
+    let executor = executor(&model)?;
     let mut names = args.served_model_name.clone();
     if names.is_empty() {
         names.push(default_name(&args.model));
@@ -265,6 +247,29 @@ fn load(args: &ServeArgs) -> Result<(Served, oneshot::Receiver<()>), ServeError>
         created: http::unix_seconds(),
     };
     Ok((served, ended))
+}
+
+/// What computes the model: the GPU, in a build for it and where the pod has one; else the kernels.
+fn executor(
+    args: &ServeArgs,
+    model: &LoadedModel,
+    limits: &Limits,
+    positions: usize,
+) -> Result<Box<dyn Forward>, ServeError> {
+    let (config, weights, dtype) = (&model.config, &*model.weights, args.kv_cache_dtype.kernel());
+    let (size, blocks) = (limits.block_tokens, limits.blocks);
+    #[cfg(feature = "cuda")]
+    if Path::new("/dev/nvidiactl").exists() {
+        if args.enable_lora {
+            let message = "adapters (--enable-lora) are not computed on a GPU yet: merge the adapter into the model";
+            return Err(ServeError::Arguments(message.to_owned()));
+        }
+        let device = candle_core::Device::new_cuda(0).map_err(|error| ServeError::Device(error.to_string()))?;
+        let executor = CandleExecutor::new(&device, config, weights, dtype, size, blocks, positions)?;
+        return Ok(Box::new(executor));
+    }
+    let executor = Executor::new(config, weights, Precision::Stored, dtype, size, blocks, positions)?;
+    Ok(Box::new(executor))
 }
 
 /// The model that guesses, if there is one: it must know exactly the tokens of the one that is served.

@@ -10,10 +10,12 @@ use strata_model::Vocabulary;
 use tokio::sync::mpsc;
 
 use super::active::{Active, Sampled};
-use super::executor::{Batch, Executor, Row};
+use super::executor::{Batch, Row};
+use super::forward::Forward;
 use super::pace::Pace;
 use super::speculate::Drafter;
 use super::{Command, Event, FinishReason, Usage};
+use crate::error::ServeError;
 use crate::metrics::Metrics;
 use crate::schedule::{Limits, NewRequest, RequestId, Scheduler};
 
@@ -70,7 +72,7 @@ impl Pending {
 pub(super) struct Runner {
     commands: mpsc::Receiver<Command>,
     scheduler: Scheduler,
-    executor: Executor,
+    executor: Box<dyn Forward>,
     speculation: Option<(Drafter, usize)>,
     vocabulary: Arc<Vocabulary>,
     active: Actives,
@@ -93,7 +95,7 @@ pub(super) struct Shared {
 impl Runner {
     pub(super) fn new(
         commands: mpsc::Receiver<Command>,
-        executor: Executor,
+        executor: Box<dyn Forward>,
         speculation: Option<(Drafter, usize)>,
         vocabulary: Arc<Vocabulary>,
         limits: Limits,
@@ -140,7 +142,10 @@ impl Runner {
                 let all: Vec<RequestId> = self.active.keys().copied().collect();
                 all.into_iter().for_each(|id| self.finish(id, FinishReason::Abort));
             }
-            self.step();
+            if let Err(error) = self.step() {
+                tracing::error!(%error, "the engine ends: a restarted server begins with a clean device");
+                return;
+            }
             self.metrics.scheduler(&self.scheduler);
             self.show_adapters();
         }
@@ -190,19 +195,19 @@ impl Runner {
         }
     }
 
-    fn step(&mut self) {
+    fn step(&mut self) -> Result<(), ServeError> {
         let step = self.scheduler.schedule();
         if step.work.is_empty() {
-            return;
+            return Ok(());
         }
         for (from, to) in step.copies {
-            self.executor.copy_block(from, to);
+            self.executor.copy_block(from, to)?;
             if let Some((drafter, _)) = &mut self.speculation {
-                drafter.copy_block(from, to);
+                drafter.copy_block(from, to)?;
             }
         }
         let mut drafts = match &mut self.speculation {
-            Some((drafter, _)) => drafter.draft(&step.work, &self.scheduler, &self.active),
+            Some((drafter, _)) => drafter.draft(&step.work, &self.scheduler, &self.active)?,
             None => vec![Vec::new(); step.work.len()],
         };
         let mut batch = Batch::default();
@@ -232,12 +237,12 @@ impl Runner {
             }
         }
         let active = &mut self.active;
-        self.executor.forward(&batch, |row, logits| {
+        self.executor.forward(&batch, &mut |row, logits| {
             for pending in &mut pending[owners[&row].clone()] {
                 let request = active.get_mut(&pending.id).expect("only active requests are sampled");
                 pending.sample(request, logits);
             }
-        });
+        })?;
         self.metrics.step(batch.rows.len());
         step.work.iter().for_each(|work| self.scheduler.computed(work));
         for pending in &pending {
@@ -260,6 +265,7 @@ impl Runner {
                 self.finish(pending.id, FinishReason::Abort);
             }
         }
+        Ok(())
     }
 
     /// The choices that a request stands for, now that its prompt is computed: each becomes a request of its own.

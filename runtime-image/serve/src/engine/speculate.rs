@@ -10,8 +10,10 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 
-use super::executor::{Batch, Executor, Row};
+use super::executor::{Batch, Row};
+use super::forward::Forward;
 use super::run::Actives;
+use crate::error::ServeError;
 use crate::schedule::{RequestId, Scheduler, Work};
 
 /// The most tokens that are drafted at once, and the longest end of a text that is looked up.
@@ -96,7 +98,7 @@ pub(crate) enum Drafter {
 
 impl Drafter {
     /// The guesser of a configuration; `executor` is that of its model, if it has one.
-    pub(crate) fn new(speculation: &Speculation, executor: Option<Executor>) -> Option<Self> {
+    pub(crate) fn new(speculation: &Speculation, executor: Option<Box<dyn Forward>>) -> Option<Self> {
         match speculation {
             Speculation::Ngram {
                 prompt_lookup_max,
@@ -114,9 +116,10 @@ impl Drafter {
     }
 
     /// A block of the cache becomes a copy of another one.
-    pub(super) fn copy_block(&mut self, from: u32, to: u32) {
-        if let Drafter::Model(model) = self {
-            model.executor.copy_block(from, to);
+    pub(super) fn copy_block(&mut self, from: u32, to: u32) -> Result<(), ServeError> {
+        match self {
+            Drafter::Lookup { .. } => Ok(()),
+            Drafter::Model(model) => model.executor.copy_block(from, to),
         }
     }
 
@@ -128,12 +131,17 @@ impl Drafter {
     }
 
     /// Drafts for each piece of work, at most as many as it has room for.
-    pub(super) fn draft(&mut self, work: &[Work], scheduler: &Scheduler, active: &Actives) -> Vec<Vec<u32>> {
+    pub(super) fn draft(
+        &mut self,
+        work: &[Work],
+        scheduler: &Scheduler,
+        active: &Actives,
+    ) -> Result<Vec<Vec<u32>>, ServeError> {
         match self {
-            Drafter::Lookup { most, least } => work
+            Drafter::Lookup { most, least } => Ok(work
                 .iter()
                 .map(|work| lookup::lookup(scheduler.tokens(work.id), *most, *least, work.drafts))
-                .collect(),
+                .collect()),
             Drafter::Model(model) => model.draft(work, scheduler, active),
         }
     }
@@ -144,13 +152,13 @@ impl Drafter {
 /// Where it lags behind, as at the end of an answer whose blocks another request then finds, its guesses get worse; nothing
 /// else does.
 pub(crate) struct DraftModel {
-    executor: Executor,
+    executor: Box<dyn Forward>,
     /// Tokens of each request that it has computed, if no more than the large one has.
     computed: HashMap<RequestId, usize>,
 }
 
 impl DraftModel {
-    fn draft(&mut self, work: &[Work], scheduler: &Scheduler, active: &Actives) -> Vec<Vec<u32>> {
+    fn draft(&mut self, work: &[Work], scheduler: &Scheduler, active: &Actives) -> Result<Vec<Vec<u32>>, ServeError> {
         let tables: Vec<Vec<u32>> = work.iter().map(|work| scheduler.table(work.id).to_vec()).collect();
         let mut drafts: Vec<Vec<u32>> = vec![Vec::new(); work.len()];
         // First whatever it has not seen, then one token after the other.
@@ -178,11 +186,11 @@ impl DraftModel {
         };
         loop {
             let (rows, guesses) = (&batch.rows, &mut drafts);
-            self.executor.forward(&batch, |row, logits| {
+            self.executor.forward(&batch, &mut |row, logits| {
                 let at = rows[row].table;
                 let guess = active[&work[at].id].guess(logits, guesses[at].len());
                 guesses[at].push(guess);
-            });
+            })?;
             batch.rows = (0..work.len())
                 .filter(|at| !drafts[*at].is_empty() && drafts[*at].len() < work[*at].drafts)
                 .map(|at| {
@@ -197,7 +205,7 @@ impl DraftModel {
                 })
                 .collect();
             if batch.rows.is_empty() {
-                return drafts;
+                return Ok(drafts);
             }
         }
     }
