@@ -190,7 +190,9 @@ def check(runtime: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             served.byte_tokenizer(Path(folder))
-            served.same_log_probs(case, model, Path(folder), runtime, tokens())
+            # Within the original length transformers takes the short factors, and a server that ends there as well.
+            arguments = ["--max-model-len", "64"] if case == "phi3-longrope" else []
+            served.same_log_probs(case, model, Path(folder), runtime, tokens(), *arguments)
     for case in ("llama", "qwen2", "phi3"):
         check_adapters(case, runtime)
 
@@ -218,4 +220,5 @@ def check_adapters(case: str, runtime: str) -> None:
 
 if __name__ == "__main__":
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     {"expect": expect, "check": check}[sys.argv[1]](sys.argv[2])
