@@ -39,7 +39,7 @@ enum Command {
     /// A model to the file that is served, judged again.
     Quantize(StageArguments),
     /// Serves a model with the OpenAI API.
-    Serve(serve::Arguments),
+    Serve(Box<serve::Arguments>),
     /// Copies a folder of files that are not there yet, each atomically.
     Copy(copy::Arguments),
 }
@@ -75,7 +75,7 @@ fn main() -> ExitCode {
         Command::Pretrain(stage) => harness::run("pretrain", stage, volumes),
         Command::Align(stage) => harness::run("align", stage, volumes),
         Command::Quantize(stage) => harness::run("quantize", stage, volumes),
-        Command::Serve(arguments) => serve::run(arguments, &volumes),
+        Command::Serve(arguments) => serve::run(*arguments, &volumes),
         Command::Copy(arguments) => copy::run(&arguments),
     };
     ExitCode::from(u8::try_from(code).unwrap_or(1))
