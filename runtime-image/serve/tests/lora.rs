@@ -48,7 +48,6 @@ fn run(
                 .map(|i| (i * 8..i * 8 + 8).collect())
                 .collect(),
             adapters: adapters.to_vec(),
-            ..Batch::default()
         };
         executor.forward(&batch, |row, logits| {
             let (sequence, at) = places[row];
