@@ -16,7 +16,7 @@ SLOT ?= 1
 E2E := bed manifests chart bad_input release story
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-down test preflight lint lint-cuda deny generate generated test-unit test-e2e test-interop programs bed bed-down
+.PHONY: help demo demo-down test preflight lint lint-cuda deny generate generated test-unit test-e2e test-interop bench-serve test-parity soak-serve fuzz programs bed bed-down
 
 help: ## Show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -70,6 +70,21 @@ test-e2e: bed ## Tests on a real cluster; it stays up when one fails
 test-interop: programs ## transformers, PEFT, datasets and openai against what is published and served (3 GB of Python packages)
 	cargo build --workspace --examples
 	e2e/interop/run $(BIN)
+
+bench-serve: programs ## Speed beside a llama.cpp compiled here (BENCH_QUICK=1: 3 minutes instead of 15; the first time +20 to compile it)
+	cargo build --workspace --examples
+	python3 -B e2e/bench/serve.py $(BIN) $(CARGO_TARGET_DIR)/bench-serve.json
+
+test-parity: programs ## The same numbers and texts as transformers, llama.cpp and Jinja2 (3 GB of Python packages)
+	cargo build --workspace --examples
+	e2e/bench/parity $(BIN) $(CARGO_TARGET_DIR)/parity.json $(wildcard ../shared/data/gsm8k-test.jsonl)
+
+soak-serve: programs ## MINUTES (10) of 64 clients that behave badly
+	cargo build --workspace --examples
+	$(BIN)/examples/soak $(BIN)/strata-runtime $(MINUTES)
+
+fuzz: ## FUZZ_SECONDS (60) of damaged input for each of requests, GGUF, folders and chat templates
+	e2e/fuzz/run
 
 programs:
 	cargo build --workspace --bins

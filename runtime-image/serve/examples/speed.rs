@@ -4,7 +4,7 @@ use std::io::Write;
 use std::time::Instant;
 
 use strata_kernels::infer::KvDtype;
-use strata_model::LoadedModel;
+use strata_model::{LoadedModel, Role, tensors};
 use strata_serve::Precision;
 use strata_serve::engine::executor::{Batch, Executor, Row};
 
@@ -13,13 +13,18 @@ const PROMPT: usize = 512;
 const TOKENS: usize = 64;
 const CLIENTS: usize = 8;
 
+/// A token id that looks random, the same on every machine.
+fn token(position: usize, table: usize, vocabulary: usize) -> u32 {
+    let mixed = ((position + 1) as u64 * 0x9E37_79B9_7F4A_7C15) ^ ((table + 1) as u64 * 0xBF58_476D_1CE4_E5B9);
+    ((mixed >> 32) % vocabulary as u64) as u32
+}
+
 /// Rows of `count` tokens from `start` on, in the blocks of sequence `table`.
 fn rows(start: usize, count: usize, table: usize, vocabulary: usize) -> Vec<Row> {
     let last = start + count - 1;
-    let token = |position: usize| ((position * 7919 + table * 31) % vocabulary) as u32;
     (start..=last)
         .map(|position| Row {
-            token: token(position),
+            token: token(position, table, vocabulary),
             position: position as u32,
             table,
             logits: position == last,
@@ -77,12 +82,16 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let decode_512 = timed(decode(PROMPT, 1));
     let clients = timed(decode(0, CLIENTS));
     let weight_bytes = executor.weight_bytes();
+    // Products that each token of a prompt costs; the head is computed for its last token alone.
+    let linear = tensors(config).into_iter().filter(|tensor| tensor.role == Role::Linear);
+    let products: usize = linear.map(|tensor| tensor.elements()).sum();
     writeln!(
         std::io::stdout(),
-        "{{\"load_seconds\":{load_seconds:.2},\"decode\":{decode_0:.1},\"decode_depth_512\":{decode_512:.1},\"prefill_512\":{prefill:.1},\
-         \"decode_8_clients\":{clients:.1},\"weight_megabytes\":{:.1},\"decode_gigabytes_per_second\":{:.1},\"isa\":\"{}\",\"threads\":{}}}",
-        weight_bytes as f64 / 1e6,
+        "{{\"load_seconds\":{load_seconds:.2},\"decode\":{decode_0:.2},\"decode_depth_512\":{decode_512:.2},\
+         \"prefill_512\":{prefill:.2},\"decode_8_clients\":{clients:.2},\"weight_bytes\":{weight_bytes},\
+         \"decode_gigabytes_per_second\":{:.2},\"prefill_gigamacs_per_second\":{:.1},\"isa\":\"{}\",\"threads\":{}}}",
         decode_0 * weight_bytes as f64 / 1e9,
+        prefill * products as f64 / 1e9,
         strata_kernels::cpu::isa().name(),
         strata_kernels::pool::global().threads(),
     )?;

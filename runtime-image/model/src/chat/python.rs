@@ -192,8 +192,11 @@ pub(super) fn without_generation_blocks(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
     while let Some(start) = rest.find("{%") {
-        let Some(length) = rest[start..].find("%}") else { break };
-        let tag = &rest[start..start + length];
+        // The end begins after the two characters of the beginning: `{%}` has none.
+        let Some(length) = rest[start + 2..].find("%}") else {
+            break;
+        };
+        let tag = &rest[start..start + 2 + length];
         out.push_str(&rest[..start]);
         let replaced = match tag[2..].trim_matches(['-', '+']).trim() {
             "generation" => tag.replacen("generation", "if true", 1),
@@ -201,7 +204,7 @@ pub(super) fn without_generation_blocks(source: &str) -> String {
             _ => tag.to_owned(),
         };
         out.push_str(&replaced);
-        rest = &rest[start + length..];
+        rest = &rest[start + tag.len()..];
     }
     out + rest
 }
@@ -209,6 +212,18 @@ pub(super) fn without_generation_blocks(source: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn generation_blocks_are_transparent_and_tags_that_never_end_stay() {
+        for (source, expected) in [
+            ("{%- generation -%}a{% endgeneration %}", "{%- if true -%}a{% endif %}"),
+            ("{% if x %}generation{% endif %}", "{% if x %}generation{% endif %}"),
+            ("{%}", "{%}"),
+            ("{%}{% generation %}", "{%}{% generation %}"),
+        ] {
+            assert_eq!(without_generation_blocks(source), expected);
+        }
+    }
 
     #[test]
     fn dates_print_as_in_python() {
