@@ -16,7 +16,7 @@ SLOT ?= 1
 E2E := bed manifests chart bad_input release story
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-down test preflight lint lint-cuda deny generate generated test-unit test-e2e test-interop bench-serve test-parity soak-serve fuzz programs bed bed-down
+.PHONY: help demo demo-down test preflight lint lint-cuda deny generate generated test-unit test-e2e test-interop bench-serve test-parity performance-page soak-serve fuzz programs bed bed-down
 
 help: ## Show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -78,6 +78,9 @@ bench-serve: programs ## Speed beside a llama.cpp compiled here (BENCH_QUICK=1: 
 test-parity: programs ## The same numbers and texts as transformers, llama.cpp and Jinja2 (3 GB of Python packages)
 	cargo build --workspace --examples
 	e2e/bench/parity $(BIN) $(CARGO_TARGET_DIR)/parity.json $(wildcard ../shared/data/gsm8k-test.jsonl)
+
+performance-page: ## Write what the two above measured into docs/performance.md
+	python3 -B e2e/bench/page.py $(CARGO_TARGET_DIR)/bench-serve.json $(CARGO_TARGET_DIR)/parity.json
 
 soak-serve: programs ## MINUTES (10) of 64 clients that behave badly
 	cargo build --workspace --examples

@@ -4,14 +4,14 @@
 //! TEXTS: length (32 bits) and bytes of each; OUT: count and ids of each, 32 bits; `--special`: text may become a special
 //! token. On the way every text is put together again, whole and as a stream, and what differs is counted: one JSON line.
 //! REQUESTS: an object with `source`, `bos`, `eos`, `messages`, `tools`, `add_generation_prompt` on each line; OUT: what the
-//! template makes of each, or null where it refuses, as JSON lines.
+//! template makes of each, or an object with the error where it refuses, as JSON lines.
 
 use std::error::Error;
 use std::fs::{File, read, read_to_string};
 use std::io::{BufWriter, Write};
 
 use serde_json::{Map, Value, json};
-use strata_model::{ChatTemplate, LoadedModel, TokenText, Vocabulary};
+use strata_model::{ChatTemplate, LoadedModel, ModelError, TokenText, Vocabulary};
 
 /// How texts fare that are taken apart and put together again.
 #[derive(Default)]
@@ -63,18 +63,13 @@ fn tokenize(
 }
 
 /// What one request's template makes of it.
-fn render(vocabulary: &Vocabulary, request: &Value) -> Option<String> {
+fn render(vocabulary: &Vocabulary, request: &Value) -> Result<String, ModelError> {
     let text = |key: &str| request[key].as_str();
-    let template = ChatTemplate::from_source(text("source")?, text("bos"), text("eos")).ok()?;
+    let template = ChatTemplate::from_source(text("source").unwrap_or_default(), text("bos"), text("eos"))?;
     let tools = Some(&request["tools"]).filter(|tools| !tools.is_null());
     let open = request["add_generation_prompt"] == true;
-    let messages = request["messages"].as_array()?;
-    Some(
-        template
-            .render(vocabulary, messages, tools, open, &Map::new())
-            .ok()?
-            .text(),
-    )
+    let messages = request["messages"].as_array().map(Vec::as_slice).unwrap_or_default();
+    Ok(template.render(vocabulary, messages, tools, open, &Map::new())?.text())
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -97,7 +92,11 @@ fn main() -> Result<(), Box<dyn Error>> {
         "render" => {
             let mut count = 0;
             for request in read_to_string(input)?.lines() {
-                writeln!(out, "{}", json!(render(&vocabulary, &serde_json::from_str(request)?)))?;
+                let line = match render(&vocabulary, &serde_json::from_str(request)?) {
+                    Ok(text) => json!(text),
+                    Err(error) => json!({ "error": error.to_string() }),
+                };
+                writeln!(out, "{line}")?;
                 count += 1;
             }
             json!({ "requests": count })

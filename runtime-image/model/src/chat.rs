@@ -86,6 +86,7 @@ impl ChatTemplate {
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.set_formatter(python::format);
         environment.add_filter("tojson", python::tojson);
+        environment.add_test("iterable", python::is_iterable);
         environment.add_function("strftime_now", python::strftime_now);
         environment.add_function(
             "raise_exception",

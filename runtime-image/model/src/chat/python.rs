@@ -62,7 +62,8 @@ fn quoted(text: &str) -> String {
 pub(super) fn tojson(value: &Value, options: Kwargs) -> Result<Value, Error> {
     let indent: Option<usize> = options.get("indent")?;
     let sort_keys: Option<bool> = options.get("sort_keys")?;
-    let _: (Option<bool>, Option<Value>) = (options.get("ensure_ascii")?, options.get("separators")?);
+    let ascii: Option<bool> = options.get("ensure_ascii")?;
+    let _: Option<Value> = options.get("separators")?;
     options.assert_all_used()?;
     let failed = |error: serde_json::Error| Error::new(ErrorKind::BadSerialization, error.to_string());
     let mut json = serde_json::to_value(value).map_err(failed)?;
@@ -81,9 +82,28 @@ pub(super) fn tojson(value: &Value, options: Kwargs) -> Result<Value, Error> {
             .serialize(&mut serde_json::Serializer::with_formatter(&mut out, Spaced))
             .map_err(failed)?,
     }
-    String::from_utf8(out)
-        .map(Value::from)
-        .map_err(|error| Error::new(ErrorKind::BadSerialization, error.to_string()))
+    let text = String::from_utf8(out).map_err(|error| Error::new(ErrorKind::BadSerialization, error.to_string()))?;
+    Ok(Value::from(if ascii == Some(true) { escaped(&text) } else { text }))
+}
+
+/// JSON in which everything but ASCII is written as UTF-16 escapes.
+fn escaped(json: &str) -> String {
+    let mut out = String::with_capacity(json.len());
+    for character in json.chars() {
+        match character {
+            c if c.is_ascii() => out.push(c),
+            c => out.extend(c.encode_utf16(&mut [0; 2]).iter().map(|unit| format!("\\u{unit:04x}"))),
+        }
+    }
+    out
+}
+
+/// Jinja2's test: what Python can iterate over; `None` is none of that.
+pub(super) fn is_iterable(value: &Value) -> bool {
+    matches!(
+        value.kind(),
+        ValueKind::Undefined | ValueKind::String | ValueKind::Seq | ValueKind::Map | ValueKind::Iterable
+    )
 }
 
 /// Python's separators: `, ` and `: `.
@@ -223,6 +243,11 @@ mod tests {
         ] {
             assert_eq!(without_generation_blocks(source), expected);
         }
+    }
+
+    #[test]
+    fn json_in_ascii_is_pythons() {
+        assert_eq!(escaped("\"Zürich 🙂\""), "\"Z\\u00fcrich \\ud83d\\ude42\"");
     }
 
     #[test]
