@@ -21,7 +21,7 @@ from common import alternate, median, random_prompt, say
 QUICK = os.environ.get("BENCH_QUICK") == "1"
 ROUNDS = 1 if QUICK else 3
 SYNTH = ["q4_0", "q4_k_m"] if QUICK else ["q8_0", "q4_0", "q4_k_m", "q6_k"]
-CLIENTS, PROMPT, ANSWER = 8, 128, 64
+CLIENTS, PROMPT, ANSWER, CONTEXT = 8, 128, 64, 256
 PREFIX, REST = 512, 16
 CONCURRENCY = [] if QUICK else [1, 2, 4, 8, 16, 32]
 DEPTHS = {"0": "decode", "512": "decode_depth_512"}
@@ -46,7 +46,7 @@ def our_speed(programs, model):
 def peer_speed(peer, model, *what):
     """llama-bench's tokens a second of each of its tests: {"prefill": …, "decode": …}, the better of both attentions."""
     found = json.loads(common.output(peer / "llama-bench", "--model", model, "--threads", common.THREADS, "--flash-attn", "0,1",
-                                     "--repetitions", 1, "--output", "json", *what, stderr=-3))
+                                     "--repetitions", 1, "--output", "json", *what, stderr=common.subprocess.DEVNULL))
     best = {}
     for test in found:
         name = "prefill" if test["n_gen"] == 0 else "decode"
@@ -90,7 +90,7 @@ def sides(programs, peer, model, slots, context, *more):
 
 def http(programs, peer, model, generator):
     """8 clients at once, and what memory the servers take then."""
-    stack, servers = started(sides(programs, peer, model, CLIENTS, PROMPT + ANSWER))
+    stack, servers = started(sides(programs, peer, model, CLIENTS, CONTEXT))
     with stack:
         def part(server):
             return lambda: server.clients([random_prompt(generator, PROMPT) for _ in range(CLIENTS)], ANSWER)[0]
@@ -118,7 +118,7 @@ def first_token(programs, peer, model, generator):
 def concurrency(programs, peer, model, generator):
     """Throughput and latencies at growing numbers of clients; of the peer, the attention that serves more at that number."""
     most = max(CONCURRENCY)
-    stack, servers = started(sides(programs, peer, model, most, PROMPT + ANSWER))
+    stack, servers = started(sides(programs, peer, model, most, CONTEXT))
     curve = []
     with stack:
         for count in CONCURRENCY:
@@ -150,8 +150,8 @@ def ready(programs, peer, model):
                 return server.ready_seconds
         return run
 
-    starts = {"warm": start(common.ours(programs, model, 8, 192), False), "cold": start(common.ours(programs, model, 8, 192), True),
-              "peer_warm": start(common.peers(peer, model, 8, 192)["llama.cpp fa off"], False)}
+    starts = {"warm": start(common.ours(programs, model, CLIENTS, CONTEXT), False), "cold": start(common.ours(programs, model, CLIENTS, CONTEXT), True),
+              "peer_warm": start(common.peers(peer, model, CLIENTS, CONTEXT)["llama.cpp fa off"], False)}
     return {name: median(values) for name, values in alternate(ROUNDS, starts).items()}
 
 

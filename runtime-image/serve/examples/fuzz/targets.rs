@@ -198,7 +198,7 @@ pub(crate) enum Target {
     },
     Gguf(PathBuf),
     Folder(PathBuf),
-    Template(Vocabulary),
+    Template(Box<Vocabulary>),
 }
 
 /// So small that most of a file is its header.
@@ -268,7 +268,7 @@ impl Target {
             }
             "gguf" => Target::Gguf(work.join("model.gguf")),
             "folder" => Target::Folder(work),
-            "template" => Target::Template(Vocabulary::from_json(&byte_tokenizer())?),
+            "template" => Target::Template(Box::new(Vocabulary::from_json(&byte_tokenizer())?)),
             other => return Err(format!("no target {other}").into()),
         })
     }
