@@ -3,6 +3,7 @@
 //! [`LoadedModel::open`] reads a Hugging Face folder or a GGUF file into the same description: configuration, weights as
 //! mapped views in HF's names and layout, tokenizer, chat template. No executor, no tensor library.
 
+pub mod bert;
 mod blocks;
 mod chat;
 mod config;

@@ -7,6 +7,7 @@ mod active;
 mod adapter;
 pub mod candle;
 mod constraint;
+pub mod encoder;
 pub mod executor;
 mod forward;
 mod pace;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::{Mutex, MutexGuard};
-use std::time::Duration;
+use std::time::Instant;
 
 use prometheus::{
     Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
@@ -17,16 +17,45 @@ const FIRST_TOKEN: &[f64] = &[
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
     160.0, 640.0, 2560.0,
 ];
-const BETWEEN_TOKENS: &[f64] = &[
+const PER_TOKEN: &[f64] = &[
     0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
 ];
-const WHOLE_REQUEST: &[f64] = &[
+const PHASE: &[f64] = &[
     0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
     1920.0, 7680.0,
 ];
-const TOKENS: &[f64] = &[
-    1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0, 10000.0,
+/// And in tokens of a step, and choices of a request.
+const STEP: &[f64] = &[
+    1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0,
 ];
+const CHOICES: &[f64] = &[1.0, 2.0, 5.0, 10.0, 20.0];
+/// Methods that are told apart; a client may send any other word.
+const METHODS: [&str; 4] = ["GET", "POST", "DELETE", "OPTIONS"];
+
+/// When what happened to one answer.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Timing {
+    arrived: Instant,
+    scheduled: Option<Instant>,
+    first_token: Option<Instant>,
+    last_token: Option<Instant>,
+}
+
+impl Timing {
+    pub(crate) fn new(arrived: Instant) -> Self {
+        Timing {
+            arrived,
+            scheduled: None,
+            first_token: None,
+            last_token: None,
+        }
+    }
+
+    /// It is computed now; only the first time counts.
+    pub(crate) fn scheduled(&mut self, now: Instant) {
+        self.scheduled.get_or_insert(now);
+    }
+}
 
 /// The server's metrics.
 pub struct Metrics {
@@ -36,30 +65,57 @@ pub struct Metrics {
     shown_adapters: Mutex<Option<(usize, String, String)>>,
     running: IntGauge,
     waiting: IntGauge,
-    usage: Gauge,
-    prefix_queries: IntCounter,
-    prefix_hits: IntCounter,
+    /// Under the name of today and under the one that older dashboards read; so below, too.
+    usage: [Gauge; 2],
+    prefix_queries: [IntCounter; 2],
+    prefix_hits: [IntCounter; 2],
     preemptions: IntCounter,
     drafts: IntCounter,
     draft_tokens: IntCounter,
     accepted_tokens: IntCounter,
     prompt_tokens: IntCounter,
+    cached_tokens: IntCounter,
     generation_tokens: IntCounter,
     finished: IntCounterVec,
+    http_requests: IntCounterVec,
     first_token: Histogram,
-    between_tokens: Histogram,
-    whole_request: Histogram,
+    between_tokens: [Histogram; 2],
+    mean_per_token: Histogram,
+    whole: Histogram,
+    queue: Histogram,
+    prefill: Histogram,
+    decode: Histogram,
+    inference: Histogram,
     request_prompt: Histogram,
+    request_computed: Histogram,
     request_generation: Histogram,
+    request_max_tokens: Histogram,
+    request_choices: Histogram,
+    longest_choice: Histogram,
     step_tokens: Histogram,
 }
 
+/// 1, 2, 5, 10, 20, 50, … up to the longest request.
+fn token_buckets(most: usize) -> Vec<f64> {
+    let decades = (0..).map(|exponent| 10f64.powi(exponent));
+    let all = decades.flat_map(|decade| [1.0, 2.0, 5.0].map(|factor| factor * decade));
+    all.take_while(|bound| *bound <= most.max(1) as f64).collect()
+}
+
 impl Metrics {
-    /// The metrics of one model, all with the label `model_name`.
-    pub fn new(model_name: &str, limits: &Limits, cache_dtype: &str) -> Result<Self, prometheus::Error> {
+    /// The metrics of one model, all with the labels `model_name` and `engine`. `max_model_len` is the most tokens of a request.
+    pub fn new(
+        model_name: &str,
+        limits: &Limits,
+        max_model_len: usize,
+        cache_dtype: &str,
+    ) -> Result<Self, prometheus::Error> {
         let registry = Registry::new();
-        let opts =
-            |name: &str, help: &str| Opts::new(format!("vllm:{name}"), help).const_label("model_name", model_name);
+        let opts = |name: &str, help: &str| {
+            Opts::new(format!("vllm:{name}"), help)
+                .const_label("model_name", model_name)
+                .const_label("engine", "0")
+        };
         macro_rules! register {
             ($metric:expr) => {{
                 let metric = $metric?;
@@ -67,11 +123,15 @@ impl Metrics {
                 metric
             }};
         }
-        let histogram = |name: &str, help: &str, buckets: &[f64]| {
-            Histogram::with_opts(HistogramOpts {
+        let gauge = |name, help| Ok::<_, prometheus::Error>(register!(IntGauge::with_opts(opts(name, help))));
+        let share = |name, help| Ok::<_, prometheus::Error>(register!(Gauge::with_opts(opts(name, help))));
+        let counter = |name, help| Ok::<_, prometheus::Error>(register!(IntCounter::with_opts(opts(name, help))));
+        let histogram = |name, help, buckets: &[f64]| {
+            let options = HistogramOpts {
                 common_opts: opts(name, help),
                 buckets: buckets.to_vec(),
-            })
+            };
+            Ok::<_, prometheus::Error>(register!(Histogram::with_opts(options)))
         };
         let config = register!(GaugeVec::new(
             opts("cache_config_info", "The cache's configuration, in labels."),
@@ -89,6 +149,18 @@ impl Metrics {
         for reason in [FinishReason::Stop, FinishReason::Length, FinishReason::Abort] {
             finished.with_label_values(&[reason.name()]); // shown as 0 from the start
         }
+        let http_requests = register!(IntCounterVec::new(
+            Opts::new(
+                "http_requests_total",
+                "Requests that were answered, by route and class of status."
+            ),
+            &["handler", "method", "status"]
+        ));
+        let tokens = token_buckets(max_model_len);
+        let per_token = "Between two tokens of a request.";
+        let queries = "Prompt tokens looked up in the prefix cache.";
+        let hits = "Prompt tokens found in the prefix cache.";
+        let usage = "Share of the cache's blocks in use, 0 to 1.";
         Ok(Metrics {
             adapters: register!(GaugeVec::new(
                 opts(
@@ -98,81 +170,81 @@ impl Metrics {
                 &["max_lora", "running_lora_adapters", "waiting_lora_adapters"]
             )),
             shown_adapters: Mutex::default(),
-            running: register!(IntGauge::with_opts(opts(
-                "num_requests_running",
-                "Requests being computed."
-            ))),
-            waiting: register!(IntGauge::with_opts(opts(
-                "num_requests_waiting",
-                "Requests waiting for blocks or a place."
-            ))),
-            usage: register!(Gauge::with_opts(opts(
-                "kv_cache_usage_perc",
-                "Share of the cache's blocks in use, 0 to 1."
-            ))),
-            prefix_queries: register!(IntCounter::with_opts(opts(
-                "prefix_cache_queries_total",
-                "Prompt tokens looked up in the prefix cache."
-            ))),
-            prefix_hits: register!(IntCounter::with_opts(opts(
-                "prefix_cache_hits_total",
-                "Prompt tokens found in the prefix cache."
-            ))),
-            preemptions: register!(IntCounter::with_opts(opts(
+            running: gauge("num_requests_running", "Requests being computed.")?,
+            waiting: gauge("num_requests_waiting", "Requests waiting for blocks or a place.")?,
+            usage: [
+                share("kv_cache_usage_perc", usage)?,
+                share("gpu_cache_usage_perc", usage)?,
+            ],
+            prefix_queries: [
+                counter("prefix_cache_queries_total", queries)?,
+                counter("gpu_prefix_cache_queries_total", queries)?,
+            ],
+            prefix_hits: [
+                counter("prefix_cache_hits_total", hits)?,
+                counter("gpu_prefix_cache_hits_total", hits)?,
+            ],
+            preemptions: counter(
                 "num_preemptions_total",
-                "Times a request lost its blocks and was computed again."
-            ))),
-            drafts: register!(IntCounter::with_opts(opts(
-                "spec_decode_num_drafts_total",
-                "Times that tokens were guessed ahead."
-            ))),
-            draft_tokens: register!(IntCounter::with_opts(opts(
-                "spec_decode_num_draft_tokens_total",
-                "Tokens guessed ahead."
-            ))),
-            accepted_tokens: register!(IntCounter::with_opts(opts(
+                "Times a request lost its blocks and was computed again.",
+            )?,
+            drafts: counter("spec_decode_num_drafts_total", "Times that tokens were guessed ahead.")?,
+            draft_tokens: counter("spec_decode_num_draft_tokens_total", "Tokens guessed ahead.")?,
+            accepted_tokens: counter(
                 "spec_decode_num_accepted_tokens_total",
-                "Tokens guessed ahead that were right."
-            ))),
-            prompt_tokens: register!(IntCounter::with_opts(opts(
-                "prompt_tokens_total",
-                "Prompt tokens processed."
-            ))),
-            generation_tokens: register!(IntCounter::with_opts(opts(
-                "generation_tokens_total",
-                "Tokens generated."
-            ))),
+                "Tokens guessed ahead that were right.",
+            )?,
+            prompt_tokens: counter("prompt_tokens_total", "Prompt tokens processed.")?,
+            cached_tokens: counter("prompt_tokens_cached_total", "Of those, found in the prefix cache.")?,
+            generation_tokens: counter("generation_tokens_total", "Tokens generated.")?,
             finished,
-            first_token: register!(histogram(
+            http_requests,
+            first_token: histogram(
                 "time_to_first_token_seconds",
                 "From arrival to the first token.",
-                FIRST_TOKEN
-            )),
-            between_tokens: register!(histogram(
-                "inter_token_latency_seconds",
-                "Between two tokens of a request.",
-                BETWEEN_TOKENS
-            )),
-            whole_request: register!(histogram(
-                "e2e_request_latency_seconds",
-                "From arrival to the end.",
-                WHOLE_REQUEST
-            )),
-            request_prompt: register!(histogram(
-                "request_prompt_tokens",
-                "Prompt tokens of a request.",
-                TOKENS
-            )),
-            request_generation: register!(histogram(
-                "request_generation_tokens",
-                "Generated tokens of a request.",
-                TOKENS
-            )),
-            step_tokens: register!(histogram(
-                "iteration_tokens_total",
-                "Tokens computed in a step.",
-                TOKENS
-            )),
+                FIRST_TOKEN,
+            )?,
+            between_tokens: [
+                histogram("inter_token_latency_seconds", per_token, PER_TOKEN)?,
+                histogram("time_per_output_token_seconds", per_token, PER_TOKEN)?,
+            ],
+            mean_per_token: histogram(
+                "request_time_per_output_token_seconds",
+                "Mean time between the tokens of a request.",
+                PER_TOKEN,
+            )?,
+            whole: histogram("e2e_request_latency_seconds", "From arrival to the end.", PHASE)?,
+            queue: histogram(
+                "request_queue_time_seconds",
+                "From arrival until it is first computed.",
+                PHASE,
+            )?,
+            prefill: histogram("request_prefill_time_seconds", "From there to the first token.", PHASE)?,
+            decode: histogram(
+                "request_decode_time_seconds",
+                "From the first token to the last.",
+                PHASE,
+            )?,
+            inference: histogram("request_inference_time_seconds", "Prefill and decode.", PHASE)?,
+            request_prompt: histogram("request_prompt_tokens", "Prompt tokens of a request.", &tokens)?,
+            request_computed: histogram(
+                "request_prefill_kv_computed_tokens",
+                "Of those, not found in the prefix cache.",
+                &tokens,
+            )?,
+            request_generation: histogram("request_generation_tokens", "Generated tokens of a choice.", &tokens)?,
+            request_max_tokens: histogram(
+                "request_params_max_tokens",
+                "The most tokens that a request may generate.",
+                &tokens,
+            )?,
+            request_choices: histogram("request_params_n", "Choices asked for.", CHOICES)?,
+            longest_choice: histogram(
+                "request_max_num_generation_tokens",
+                "Generated tokens of a request's longest choice.",
+                &tokens,
+            )?,
+            step_tokens: histogram("iteration_tokens_total", "Tokens computed in a step.", STEP)?,
             registry,
         })
     }
@@ -187,18 +259,34 @@ impl Metrics {
     pub(crate) fn scheduler(&self, scheduler: &Scheduler) {
         self.running.set(scheduler.running() as i64);
         self.waiting.set(scheduler.waiting() as i64);
-        self.usage.set(scheduler.usage());
+        self.usage.iter().for_each(|gauge| gauge.set(scheduler.usage()));
         let Counts {
             preemptions,
             prefix_queries,
             prefix_hits,
         } = scheduler.counts();
-        for (counter, now) in [
-            (&self.preemptions, preemptions),
-            (&self.prefix_queries, prefix_queries),
-            (&self.prefix_hits, prefix_hits),
-        ] {
-            counter.inc_by(now.saturating_sub(counter.get()));
+        let up_to = |counter: &IntCounter, now: u64| counter.inc_by(now.saturating_sub(counter.get()));
+        up_to(&self.preemptions, preemptions);
+        self.prefix_queries
+            .iter()
+            .for_each(|counter| up_to(counter, prefix_queries));
+        self.prefix_hits.iter().for_each(|counter| up_to(counter, prefix_hits));
+    }
+
+    /// Requests for embeddings that are being computed, and that wait.
+    pub(crate) fn queue(&self, running: usize, waiting: usize) {
+        self.running.set(running as i64);
+        self.waiting.set(waiting as i64);
+    }
+
+    /// A request for embeddings has ended.
+    pub(crate) fn embedded(&self, reason: FinishReason, usage: &Usage, timing: &Timing) {
+        self.finished.with_label_values(&[reason.name()]).inc();
+        self.prompt_tokens.inc_by(usage.prompt_tokens as u64);
+        self.request_prompt.observe(usage.prompt_tokens as f64);
+        self.whole.observe(timing.arrived.elapsed().as_secs_f64());
+        if let Some(scheduled) = timing.scheduled {
+            self.queue.observe((scheduled - timing.arrived).as_secs_f64());
         }
     }
 
@@ -245,21 +333,71 @@ impl Metrics {
         self.step_tokens.observe(tokens as f64);
     }
 
-    pub(crate) fn first_token(&self, prompt_tokens: usize, since_arrival: Duration) {
-        self.prompt_tokens.inc_by(prompt_tokens as u64);
+    /// A token was generated. With the first one, the prompt has been processed.
+    pub(crate) fn token(&self, timing: &mut Timing, prompt_tokens: usize, cached_tokens: usize) {
+        let now = Instant::now();
         self.generation_tokens.inc();
-        self.first_token.observe(since_arrival.as_secs_f64());
+        match timing.last_token.replace(now) {
+            None => {
+                timing.first_token = Some(now);
+                self.prompt_tokens.inc_by(prompt_tokens as u64);
+                self.cached_tokens.inc_by(cached_tokens as u64);
+                self.first_token.observe((now - timing.arrived).as_secs_f64());
+            }
+            Some(before) => {
+                let seconds = (now - before).as_secs_f64();
+                self.between_tokens
+                    .iter()
+                    .for_each(|histogram| histogram.observe(seconds));
+            }
+        }
     }
 
-    pub(crate) fn next_token(&self, since_last: Duration) {
-        self.generation_tokens.inc();
-        self.between_tokens.observe(since_last.as_secs_f64());
-    }
-
-    pub(crate) fn finished(&self, reason: FinishReason, usage: &Usage, since_arrival: Duration) {
+    /// A choice has ended.
+    pub(crate) fn finished(&self, reason: FinishReason, usage: &Usage, timing: &Timing) {
         self.finished.with_label_values(&[reason.name()]).inc();
-        self.whole_request.observe(since_arrival.as_secs_f64());
         self.request_prompt.observe(usage.prompt_tokens as f64);
+        let computed = usage.prompt_tokens.saturating_sub(usage.cached_tokens);
+        self.request_computed.observe(computed as f64);
         self.request_generation.observe(usage.completion_tokens as f64);
+        self.whole.observe(timing.arrived.elapsed().as_secs_f64());
+        // A phase that was not reached took no time; it counts, so that the phases of all requests can be compared.
+        let between = |from: Option<Instant>, to: Option<Instant>| match (from, to) {
+            (Some(from), Some(to)) => to.saturating_duration_since(from).as_secs_f64(),
+            _ => 0.0,
+        };
+        let Timing {
+            arrived,
+            scheduled,
+            first_token,
+            last_token,
+        } = *timing;
+        self.queue
+            .observe(between(Some(arrived), scheduled.or_else(|| Some(Instant::now()))));
+        self.prefill.observe(between(scheduled, first_token));
+        self.decode.observe(between(first_token, last_token));
+        self.inference.observe(between(scheduled, last_token));
+        if usage.completion_tokens > 1 {
+            let tokens = (usage.completion_tokens - 1) as f64;
+            self.mean_per_token.observe(between(first_token, last_token) / tokens);
+        }
+    }
+
+    /// A request asks for that many choices of at most that many tokens.
+    pub(crate) fn request(&self, choices: usize, max_tokens: usize) {
+        self.request_choices.observe(choices as f64);
+        self.request_max_tokens.observe(max_tokens as f64);
+    }
+
+    /// All choices of a request have ended; the longest has that many tokens.
+    pub(crate) fn answered(&self, longest: usize) {
+        self.longest_choice.observe(longest as f64);
+    }
+
+    /// A request was answered over HTTP. `handler` is the route, not the path.
+    pub(crate) fn http(&self, handler: &str, method: &str, status: u16) {
+        let method = METHODS.into_iter().find(|known| *known == method).unwrap_or("OTHER");
+        let class = format!("{}xx", status / 100);
+        self.http_requests.with_label_values(&[handler, method, &class]).inc();
     }
 }

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use axum::Router;
 use axum::serve::{Listener, ListenerExt};
 use strata_kernels::cgroup::memory_limit_bytes;
+use strata_model::bert::Bert;
 use strata_model::{LoadedModel, ModelConfig};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -23,10 +24,11 @@ use crate::adapters::{AdapterError, Adapters};
 use crate::args::{LoraModule, ServeArgs};
 #[cfg(feature = "cuda")]
 use crate::engine::candle::CandleExecutor;
+use crate::engine::encoder::{Embedder, Encoder};
 use crate::engine::executor::{Executor, Precision, block_bytes};
 use crate::engine::{Drafter, Engine, Forms, Forward, Speculation};
 use crate::error::ServeError;
-use crate::http::{self, Admission, Keys, Served, State};
+use crate::http::{self, Admission, Embeds, Keys, Loaded, ResponseStore, Served, State};
 use crate::metrics::Metrics;
 use crate::schedule::Limits;
 use crate::tls::{self, TlsListener};
@@ -101,8 +103,8 @@ impl Server {
         let loading = tokio::task::spawn_blocking({
             let state = state.clone();
             move || {
-                let (served, ended) = load(&args)?;
-                state.loaded(served);
+                let (loaded, ended) = load(&args)?;
+                state.set_loaded(loaded);
                 Ok(ended)
             }
         });
@@ -139,12 +141,12 @@ impl Server {
 
     async fn drain(self) -> Result<(), ServeError> {
         self.state.leave();
-        if self.state.served().is_some() {
+        if self.state.loaded().is_some() {
             tracing::info!(delay_seconds = self.delay.as_secs(), "leaving");
             tokio::time::sleep(self.delay).await;
         }
         self.state.close();
-        let in_flight = || self.state.served().map_or(0, |served| served.engine.in_flight());
+        let in_flight = || self.state.loaded().map_or(0, Loaded::in_flight);
         tracing::info!(
             in_flight = in_flight(),
             timeout_seconds = self.timeout.as_secs(),
@@ -154,12 +156,12 @@ impl Server {
         while in_flight() > 0 && Instant::now() < deadline {
             tokio::time::sleep(DRAIN_POLL).await;
         }
-        if let Some(served) = self.state.served().filter(|served| served.engine.in_flight() > 0) {
+        if let Some(loaded) = self.state.loaded().filter(|loaded| loaded.in_flight() > 0) {
             tracing::warn!(
-                in_flight = served.engine.in_flight(),
+                in_flight = loaded.in_flight(),
                 "the shutdown timeout is over: ending the rest"
             );
-            served.engine.abort_all();
+            loaded.abort_all();
         }
         self.stop.send_replace(true);
         // Responses that are being written get out; a client that does not read them cannot hold the process.
@@ -182,7 +184,75 @@ async fn serve(
         .await
 }
 
-fn load(args: &ServeArgs) -> Result<(Served, oneshot::Receiver<()>), ServeError> {
+/// Loads the model for what its architecture says that it does.
+fn load(args: &ServeArgs) -> Result<(Loaded, oneshot::Receiver<()>), ServeError> {
+    match Bert::is_at(&args.model) {
+        true => load_encoder(args).map(|(embeds, ended)| (Loaded::Embeds(embeds), ended)),
+        false => load_generator(args).map(|(served, ended)| (Loaded::Generates(Box::new(served)), ended)),
+    }
+}
+
+fn names(args: &ServeArgs) -> Vec<String> {
+    match args.served_model_name.is_empty() {
+        true => vec![default_name(&args.model)],
+        false => args.served_model_name.clone(),
+    }
+}
+
+fn thread(source: std::io::Error) -> ServeError {
+    ServeError::System {
+        what: "cannot start the engine's thread",
+        source,
+    }
+}
+
+fn load_encoder(args: &ServeArgs) -> Result<(Embeds, oneshot::Receiver<()>), ServeError> {
+    let begin = Instant::now();
+    let model = Bert::open(&args.model)?;
+    let most = model.config.max_positions;
+    let max_model_len = match args.max_model_len {
+        None => model.config.max_tokens,
+        Some(len) if (1..=most).contains(&len) => len,
+        Some(len) => {
+            let message = format!("--max-model-len {len} is not possible: the model has {most} positions");
+            return Err(ServeError::Arguments(message));
+        }
+    };
+    let names = names(args);
+    let limits = Limits {
+        max_sequences: args.max_num_seqs as usize,
+        max_batched_tokens: args.max_num_batched_tokens as usize,
+        max_waiting: args.max_num_waiting as usize,
+        block_tokens: args.block_size as usize,
+        blocks: 0, // an encoder keeps nothing between steps
+        prefix_caching: false,
+    };
+    let metrics = Arc::new(Metrics::new(&names[0], &limits, max_model_len, "float32")?);
+    let encoder = Encoder::new(&model)?;
+    let most_in_flight = limits.max_sequences + limits.max_waiting;
+    let (embedder, ended) =
+        Embedder::start(encoder, most_in_flight, limits.max_batched_tokens, metrics.clone()).map_err(thread)?;
+    tracing::info!(
+        model = names[0],
+        dimensions = model.config.hidden_size,
+        max_model_len,
+        seconds = begin.elapsed().as_secs_f64(),
+        "model loaded"
+    );
+    let embeds = Embeds {
+        names,
+        max_model_len,
+        vocab_size: model.config.vocab_size,
+        dimensions: model.config.hidden_size,
+        vocabulary: model.vocabulary,
+        embedder,
+        metrics,
+        created: http::unix_seconds(),
+    };
+    Ok((embeds, ended))
+}
+
+fn load_generator(args: &ServeArgs) -> Result<(Served, oneshot::Receiver<()>), ServeError> {
     let begin = Instant::now();
     let model = LoadedModel::open(&args.model)?;
     let draft = draft_model(args, &model)?;
@@ -198,11 +268,13 @@ fn load(args: &ServeArgs) -> Result<(Served, oneshot::Receiver<()>), ServeError>
         }
     };
     let executor = executor(&model)?;
-    let mut names = args.served_model_name.clone();
-    if names.is_empty() {
-        names.push(default_name(&args.model));
-    }
-    let metrics = Arc::new(Metrics::new(&names[0], &limits, args.kv_cache_dtype.name())?);
+    let names = names(args);
+    let metrics = Arc::new(Metrics::new(
+        &names[0],
+        &limits,
+        max_model_len,
+        args.kv_cache_dtype.name(),
+    )?);
     tracing::info!(
         model = names[0],
         parameters = model.config.parameters(),
@@ -214,11 +286,8 @@ fn load(args: &ServeArgs) -> Result<(Served, oneshot::Receiver<()>), ServeError>
         seconds = begin.elapsed().as_secs_f64(),
         "model loaded"
     );
-    let (engine, ended) = Engine::start(executor, speculation, model.vocabulary.clone(), limits, metrics.clone())
-        .map_err(|source| ServeError::System {
-            what: "cannot start the engine's thread",
-            source,
-        })?;
+    let (engine, ended) =
+        Engine::start(executor, speculation, model.vocabulary.clone(), limits, metrics.clone()).map_err(thread)?;
     let eos = model.generation.eos.clone();
     let forms = Forms::new(model.vocabulary.clone(), model.config.vocab_size, eos);
     let most = if args.enable_lora { args.max_loras as usize } else { 0 };
@@ -244,6 +313,7 @@ fn load(args: &ServeArgs) -> Result<(Served, oneshot::Receiver<()>), ServeError>
         engine,
         forms,
         metrics,
+        responses: ResponseStore::default(),
         created: http::unix_seconds(),
     };
     Ok((served, ended))

@@ -1,7 +1,7 @@
 //! One answer that is being generated: what decides its next token, and what has been given out of it.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::sync::atomic::AtomicUsize;
 
 use strata_model::Vocabulary;
 use tokio::sync::mpsc;
@@ -10,6 +10,7 @@ use super::constraint::{Constraint, ConstraintError, Mask};
 use super::sample::{self, History, Sampling, TokenProb};
 use super::text::Answer;
 use super::{Event, Submission};
+use crate::metrics::Timing;
 
 /// One answer; before the prompt is computed, one for all choices.
 pub(super) struct Active {
@@ -25,8 +26,9 @@ pub(super) struct Active {
     pub(super) answer: Answer,
     /// Tokens given out: fewer than sampled where a stop text ended the answer.
     pub(super) count: usize,
-    pub(super) arrived: Instant,
-    pub(super) last_token: Option<Instant>,
+    pub(super) timing: Timing,
+    /// Tokens of the longest choice of the request that has ended; all of them share it.
+    pub(super) longest: Arc<AtomicUsize>,
 }
 
 /// A token that was sampled.
@@ -44,7 +46,7 @@ impl Active {
         vocabulary: &Vocabulary,
         submission: Arc<Submission>,
         events: mpsc::Sender<Event>,
-        arrived: Instant,
+        timing: Timing,
         choice: usize,
     ) -> Self {
         let sampling = Sampling {
@@ -62,8 +64,8 @@ impl Active {
                 .after(vocabulary, submission.prompt.last().copied()),
             submission,
             count: 0,
-            arrived,
-            last_token: None,
+            timing,
+            longest: Arc::default(),
         }
     }
 

@@ -16,7 +16,7 @@ use super::pace::Pace;
 use super::speculate::Drafter;
 use super::{Command, Event, FinishReason, Usage};
 use crate::error::ServeError;
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, Timing};
 use crate::schedule::{Limits, NewRequest, RequestId, Scheduler};
 
 /// The answers that are being generated.
@@ -137,7 +137,7 @@ impl Runner {
                 .filter(|(_, request)| request.events.is_closed())
                 .map(|(id, _)| *id)
                 .collect();
-            gone.into_iter().for_each(|id| self.forget(id));
+            gone.into_iter().for_each(|id| self.finish(id, FinishReason::Abort));
             if self.shared.abort.load(Ordering::SeqCst) {
                 let all: Vec<RequestId> = self.active.keys().copied().collect();
                 all.into_iter().for_each(|id| self.finish(id, FinishReason::Abort));
@@ -185,8 +185,9 @@ impl Runner {
             drafts: self.speculation.as_ref().map_or(0, |(_, drafts)| *drafts),
             ..NewRequest::new(submission.prompt.clone(), most)
         };
+        self.metrics.request(submission.choices, submission.max_tokens);
         let refused = self.scheduler.add(id, new).err();
-        let mut active = Active::new(&self.vocabulary, submission, events, arrived, 0);
+        let mut active = Active::new(&self.vocabulary, submission, events, Timing::new(arrived), 0);
         active.width = active.submission.choices;
         self.active.insert(id, active);
         if let Some(refusal) = refused {
@@ -214,7 +215,13 @@ impl Runner {
         let mut pending: Vec<Pending> = Vec::new();
         // Which of them a row's logits are for.
         let mut owners: HashMap<usize, Range<usize>> = HashMap::new();
+        let now = Instant::now();
         for (work, drafts) in step.work.iter().zip(&mut drafts) {
+            let request = self.active.get_mut(&work.id);
+            request
+                .expect("only active requests are scheduled")
+                .timing
+                .scheduled(now);
             let tokens = &self.scheduler.tokens(work.id)[work.start..work.start + work.count];
             let first = batch.rows.len() + tokens.len() - 1;
             let tokens = tokens.iter().chain(drafts.iter());
@@ -272,11 +279,13 @@ impl Runner {
     fn choices(&mut self, id: RequestId) -> Vec<RequestId> {
         let first = self.active.get_mut(&id).expect("only active requests are scheduled");
         let width = std::mem::replace(&mut first.width, 1);
-        let (submission, events, arrived) = (first.submission.clone(), first.events.clone(), first.arrived);
+        let (submission, events, timing) = (first.submission.clone(), first.events.clone(), first.timing);
+        let longest = first.longest.clone();
         let mut ids = vec![id];
         for choice in 1..width {
             let id = self.new_id();
-            let active = Active::new(&self.vocabulary, submission.clone(), events.clone(), arrived, choice);
+            let mut active = Active::new(&self.vocabulary, submission.clone(), events.clone(), timing, choice);
+            active.longest = longest.clone();
             self.active.insert(id, active);
             ids.push(id);
         }
@@ -293,19 +302,12 @@ impl Runner {
         } = sampled;
         let request = self.active.get_mut(&id).expect("only active requests are sampled");
         request.count += 1;
-        let now = Instant::now();
-        match request.last_token.replace(now) {
-            None => {
-                // The choices share one prompt.
-                let prompt = if request.choice == 0 {
-                    request.submission.prompt.len()
-                } else {
-                    0
-                };
-                self.metrics.first_token(prompt, now - request.arrived);
-            }
-            Some(before) => self.metrics.next_token(now - before),
-        }
+        // The choices share one prompt.
+        let (prompt, cached) = match request.choice {
+            0 => (request.submission.prompt.len(), self.scheduler.cached(id)),
+            _ => (0, 0),
+        };
+        self.metrics.token(&mut request.timing, prompt, cached);
         let submission = &request.submission;
         if ends && !submission.show_stop {
             self.finish(id, FinishReason::Stop);
@@ -329,7 +331,7 @@ impl Runner {
         };
         // The channel has room for every token; it is closed if the reader has gone.
         if request.events.try_send(event).is_err() {
-            self.forget(id);
+            self.finish(id, FinishReason::Abort);
             return false;
         }
         match (stopped, full) {
@@ -354,7 +356,7 @@ impl Runner {
             cached_tokens: self.scheduler.cached(id),
         };
         for choice in request.choice..request.choice + request.width {
-            self.metrics.finished(reason, &usage, request.arrived.elapsed());
+            self.metrics.finished(reason, &usage, &request.timing);
             // A reader that has gone does not want it.
             let _ = request.events.try_send(Event::Finished {
                 choice,
@@ -362,6 +364,13 @@ impl Runner {
                 reason,
                 usage,
             });
+        }
+        let longest = request
+            .longest
+            .fetch_max(request.count, Ordering::SeqCst)
+            .max(request.count);
+        if Arc::strong_count(&request.longest) == 1 {
+            self.metrics.answered(longest); // no other choice of the request is left
         }
         self.forget(id);
     }

@@ -13,7 +13,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::error::ApiError;
 use super::prepare::client;
-use super::{Served, State, auth};
+use super::{State, Task, auth};
 use crate::schedule::ClientId;
 
 /// The largest request body, in bytes.
@@ -58,7 +58,7 @@ impl FromRequest<Arc<State>> for Admitted {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, state: &Arc<State>) -> Result<Self, ApiError> {
-        state.accepting()?;
+        state.open()?;
         let admission = &state.admission;
         let client = auth::presented(request.headers()).next().map(client);
         // A body of unknown length may become the largest. A longer one is refused when it is read.
@@ -96,12 +96,13 @@ impl Admitted {
     }
 
     /// Parses the body and does `work` with it. That may take a while; other connections go on meanwhile.
-    pub(super) async fn prepare<R, T>(
+    pub(super) async fn prepare<S, R, T>(
         self,
         state: &Arc<State>,
-        work: fn(&Served, R) -> Result<T, ApiError>,
+        work: fn(&S, R) -> Result<T, ApiError>,
     ) -> Result<T, ApiError>
     where
+        S: Task + 'static,
         R: DeserializeOwned + 'static,
         T: Send + 'static,
     {
@@ -123,7 +124,7 @@ impl Admitted {
             let request = request.map_err(|error| {
                 ApiError::invalid(None, format!("the body is not the JSON object that is needed: {error}"))
             })?;
-            work(state.model()?, request)
+            work(S::of(state.any()?)?, request)
         });
         task.await.map_err(|_| failed())?
     }

@@ -17,7 +17,7 @@ use crate::error::ServeError;
 use crate::reload::Reloaded;
 
 /// What probes and collectors of metrics read; they have no key.
-const OPEN: [&str; 4] = ["/health", "/ready", "/metrics", "/ping"];
+pub(super) const OPEN: [&str; 4] = ["/health", "/ready", "/metrics", "/ping"];
 /// Where Azure's clients put the key.
 const AZURE_KEY: &str = "api-key";
 /// Where keys stand if no argument gives one.

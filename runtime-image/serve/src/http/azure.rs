@@ -8,7 +8,7 @@ use axum::response::Response;
 
 use super::admit::Admitted;
 use super::error::ApiError;
-use super::{State, chat, completions};
+use super::{Loaded, State, chat, completions, embeddings};
 
 /// `POST /openai/deployments/{name}/chat/completions`
 pub(super) async fn chat(
@@ -17,7 +17,7 @@ pub(super) async fn chat(
     request: Admitted,
 ) -> Result<Response, ApiError> {
     let request = deployment(&state, name, request)?;
-    chat::create(Extract(state), request).await
+    chat::create_for_azure(state, request).await
 }
 
 /// `POST /openai/deployments/{name}/completions`
@@ -27,18 +27,28 @@ pub(super) async fn completions(
     request: Admitted,
 ) -> Result<Response, ApiError> {
     let request = deployment(&state, name, request)?;
-    completions::create(Extract(state), request).await
+    completions::create_for_azure(state, request).await
+}
+
+/// `POST /openai/deployments/{name}/embeddings`
+pub(super) async fn embeddings(
+    Extract(state): Extract<Arc<State>>,
+    Path(name): Path<String>,
+    request: Admitted,
+) -> Result<Response, ApiError> {
+    let request = deployment(&state, name, request)?;
+    embeddings::create(Extract(state), request).await
 }
 
 /// An adapter is a deployment as well. Then its name counts, and not what the body says besides.
 fn deployment(state: &State, name: String, request: Admitted) -> Result<Admitted, ApiError> {
-    let served = state.model()?;
-    if served.names.contains(&name) {
-        return Ok(request);
+    let loaded = state.any()?;
+    let names = loaded.names();
+    if !names.contains(&name) {
+        return Err(ApiError::unknown_deployment(&name, &names));
     }
-    if served.adapters.get(&name).is_some() {
-        return Ok(request.of_model(name));
+    match loaded {
+        Loaded::Generates(served) if served.adapters.get(&name).is_some() => Ok(request.of_model(name)),
+        _ => Ok(request),
     }
-    let known = [served.names.clone(), served.adapters.names()].concat();
-    Err(ApiError::unknown_deployment(&name, &known))
 }

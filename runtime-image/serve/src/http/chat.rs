@@ -10,14 +10,19 @@ use super::api::ChatRequest;
 use super::error::ApiError;
 use super::form;
 use super::prepare::{Prepared, chat_tokens, model, prepare};
-use super::respond::{Shape, answer};
+use super::respond::{Dialect, Shape, answer};
 use super::{Served, State, tools, unsupported};
 
 pub(super) async fn create(Extract(state): Extract<Arc<State>>, request: Admitted) -> Result<Response, ApiError> {
-    answer(state, request, Shape::Chat, prepared).await
+    answer(state, request, (Shape::Chat, Dialect::OpenAi), prepared).await
 }
 
-fn prepared(served: &Served, mut request: ChatRequest) -> Result<Prepared, ApiError> {
+/// The same in Azure's words.
+pub(super) async fn create_for_azure(state: Arc<State>, request: Admitted) -> Result<Response, ApiError> {
+    answer(state, request, (Shape::Chat, Dialect::Azure), prepared).await
+}
+
+pub(super) fn prepared(served: &Served, mut request: ChatRequest) -> Result<Prepared, ApiError> {
     model(served, request.options.model.as_deref())?;
     unsupported::check(&request.rest)?;
     let log_probs = match (request.logprobs == Some(true), request.top_logprobs) {

@@ -10,7 +10,7 @@ use super::api::{CompletionRequest, Prompt};
 use super::error::ApiError;
 use super::form;
 use super::prepare::{Prepared, model, prepare};
-use super::respond::{Shape, answer};
+use super::respond::{Dialect, Shape, answer};
 use super::{Served, State, unsupported};
 
 /// OpenAI's default for `max_tokens` here.
@@ -19,7 +19,12 @@ const DEFAULT_MAX_TOKENS: usize = 16;
 const MAX_PROMPTS: usize = 128;
 
 pub(super) async fn create(Extract(state): Extract<Arc<State>>, request: Admitted) -> Result<Response, ApiError> {
-    answer(state, request, Shape::Completion, prepared).await
+    answer(state, request, (Shape::Completion, Dialect::OpenAi), prepared).await
+}
+
+/// The same in Azure's words.
+pub(super) async fn create_for_azure(state: Arc<State>, request: Admitted) -> Result<Response, ApiError> {
+    answer(state, request, (Shape::Completion, Dialect::Azure), prepared).await
 }
 
 fn prepared(served: &Served, mut request: CompletionRequest) -> Result<Prepared, ApiError> {

@@ -65,6 +65,12 @@ impl ApiError {
         }
     }
 
+    /// The model cannot do what is asked for.
+    pub(super) fn wrong_task(name: &str, does: &str, instead: &str) -> Self {
+        let message = format!("The model `{name}` {does}: use {instead}.");
+        Self::invalid("model", message)
+    }
+
     /// A deployment, as Azure calls a model in the path, that is not served here.
     pub(super) fn unknown_deployment(name: &str, served: &[String]) -> Self {
         let message = format!(
@@ -94,6 +100,14 @@ impl ApiError {
         ApiError {
             code: Some("not_found"),
             ..Self::new(StatusCode::NOT_FOUND, "invalid_request_error", message)
+        }
+    }
+
+    /// The path is one of objects, and there is none of that name.
+    pub(super) fn not_found_object(param: &'static str, message: String) -> Self {
+        ApiError {
+            param: Some(param.to_owned()),
+            ..Self::not_found(message)
         }
     }
 
@@ -129,6 +143,15 @@ impl ApiError {
             code: Some("internal_error"),
             ..Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", message)
         }
+    }
+
+    /// The same error where fields have other names: those of `table`, each from and to.
+    pub(super) fn renamed(mut self, table: &[(&str, &str)]) -> Self {
+        let name = self.param.as_deref();
+        if let Some((_, to)) = table.iter().find(|(from, _)| Some(*from) == name) {
+            self.param = Some((*to).to_owned());
+        }
+        self
     }
 
     /// The body of the response, also sent inside a stream that breaks.

@@ -11,24 +11,26 @@ use serde_json::{Value, json};
 use super::admit::Admitted;
 use super::api::{DetokenizeRequest, TokenizeRequest};
 use super::error::ApiError;
-use super::{Served, State, prepare};
+use super::{Loaded, Served, State, Task, check_name, prepare};
 
-fn card(served: &Served, name: &str) -> Value {
-    let (created, root, parent) = match served.adapters.get(name) {
-        Some(loaded) => (loaded.created, json!(loaded.path), json!(served.names[0])),
-        None => (served.created, json!(served.names[0]), Value::Null),
+fn card(loaded: &Loaded, name: &str) -> Value {
+    let base = || (loaded.created(), json!(loaded.name()), Value::Null);
+    let (created, root, parent) = match loaded {
+        Loaded::Generates(served) => served.adapters.get(name).map_or_else(base, |adapter| {
+            (adapter.created, json!(adapter.path), json!(served.names[0]))
+        }),
+        Loaded::Embeds(_) => base(),
     };
     json!({
         "id": name, "object": "model", "created": created, "owned_by": "strata",
-        "root": root, "parent": parent, "max_model_len": served.max_model_len,
+        "root": root, "parent": parent, "max_model_len": loaded.max_model_len(),
     })
 }
 
 /// `GET /v1/models`
 pub(super) async fn models(Extract(state): Extract<Arc<State>>) -> Result<Json<Value>, ApiError> {
-    let served = state.model()?;
-    let names = [served.names.clone(), served.adapters.names()].concat();
-    let cards: Vec<Value> = names.iter().map(|name| card(served, name)).collect();
+    let loaded = state.any()?;
+    let cards: Vec<Value> = loaded.names().iter().map(|name| card(loaded, name)).collect();
     Ok(Json(json!({ "object": "list", "data": cards })))
 }
 
@@ -37,9 +39,9 @@ pub(super) async fn model(
     Extract(state): Extract<Arc<State>>,
     Path(id): Path<String>,
 ) -> Result<Json<Value>, ApiError> {
-    let served = state.model()?;
-    prepare::model(served, Some(&id))?;
-    Ok(Json(card(served, &id)))
+    let loaded = state.any()?;
+    check_name(&loaded.names(), Some(&id))?;
+    Ok(Json(card(loaded, &id)))
 }
 
 /// `POST /tokenize`
@@ -47,15 +49,15 @@ pub(super) async fn tokenize(Extract(state): Extract<Arc<State>>, request: Admit
     request.prepare(&state, tokens).await
 }
 
-fn tokens(served: &Served, request: TokenizeRequest) -> Result<Json<Value>, ApiError> {
-    prepare::model(served, request.model.as_deref())?;
+fn tokens(loaded: &Loaded, request: TokenizeRequest) -> Result<Json<Value>, ApiError> {
+    check_name(&loaded.names(), request.model.as_deref())?;
     let tokens = match (request.prompt, request.messages) {
-        (Some(prompt), None) => served
-            .vocabulary
+        (Some(prompt), None) => loaded
+            .vocabulary()
             .encode(&prompt, request.add_special_tokens.unwrap_or(true))
             .map_err(|error| ApiError::invalid("prompt", error.to_string()))?,
         (None, Some(messages)) => prepare::chat_tokens(
-            served,
+            Served::of(loaded)?,
             messages,
             request.tools.checked()?.as_ref(),
             request.add_generation_prompt.unwrap_or(true),
@@ -71,11 +73,11 @@ fn tokens(served: &Served, request: TokenizeRequest) -> Result<Json<Value>, ApiE
     let texts = (request.return_token_strs == Some(true)).then(|| {
         tokens
             .iter()
-            .map(|id| served.vocabulary.token_text(*id))
+            .map(|id| loaded.vocabulary().token_text(*id))
             .collect::<Vec<_>>()
     });
     Ok(Json(
-        json!({ "count": tokens.len(), "max_model_len": served.max_model_len, "tokens": tokens, "token_strs": texts }),
+        json!({ "count": tokens.len(), "max_model_len": loaded.max_model_len(), "tokens": tokens, "token_strs": texts }),
     ))
 }
 
@@ -87,15 +89,15 @@ pub(super) async fn detokenize(
     request.prepare(&state, text).await
 }
 
-fn text(served: &Served, request: DetokenizeRequest) -> Result<Json<Value>, ApiError> {
-    prepare::model(served, request.model.as_deref())?;
-    let (count, most) = (request.tokens.len(), served.max_model_len);
+fn text(loaded: &Loaded, request: DetokenizeRequest) -> Result<Json<Value>, ApiError> {
+    check_name(&loaded.names(), request.model.as_deref())?;
+    let (count, most) = (request.tokens.len(), loaded.max_model_len());
     if count > most {
         let message = format!("{count} tokens were given; this model's maximum context length is {most} tokens");
         return Err(ApiError::context_length("tokens", message));
     }
-    let text = served
-        .vocabulary
+    let text = loaded
+        .vocabulary()
         .decode(&request.tokens, false)
         .map_err(|error| ApiError::invalid("tokens", error.to_string()))?;
     Ok(Json(json!({ "prompt": text })))
@@ -103,7 +105,7 @@ fn text(served: &Served, request: DetokenizeRequest) -> Result<Json<Value>, ApiE
 
 /// `GET /health`: the process works; also while it drains.
 pub(super) async fn health(Extract(state): Extract<Arc<State>>) -> Result<(), ApiError> {
-    state.model().map(|_| ())
+    state.any().map(|_| ())
 }
 
 /// `GET /ready`: new clients should come here.
@@ -111,11 +113,21 @@ pub(super) async fn ready(Extract(state): Extract<Arc<State>>) -> Result<(), Api
     state.ready().map(|_| ())
 }
 
+/// `GET /load`, as vLLM's: requests that are being answered.
+pub(super) async fn load(Extract(state): Extract<Arc<State>>) -> Result<Json<Value>, ApiError> {
+    Ok(Json(json!({ "server_load": state.any()?.in_flight() })))
+}
+
+/// `GET /version`
+pub(super) async fn version() -> Json<Value> {
+    Json(json!({ "version": env!("CARGO_PKG_VERSION") }))
+}
+
 /// `GET /metrics`
 pub(super) async fn metrics(Extract(state): Extract<Arc<State>>) -> Result<Response, ApiError> {
     let text = state
-        .model()?
-        .metrics
+        .any()?
+        .metrics()
         .text()
         .map_err(|error| ApiError::internal(error.to_string()))?;
     Ok((

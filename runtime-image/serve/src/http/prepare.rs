@@ -212,6 +212,16 @@ fn cache_salt(salt: Option<&str>, adapter: Option<&Adapter>) -> Result<Arc<[u8]>
     }
 }
 
+impl Prepared {
+    /// Says who sent it, by the key that was presented: users with one key count each for themselves.
+    pub(super) fn sent_by(&mut self, key: Option<ClientId>) {
+        let Some(key) = key else { return };
+        for submission in std::iter::once(&mut self.submission).chain(&mut self.others) {
+            submission.client = client((key, submission.client));
+        }
+    }
+}
+
 /// What a client's name counts as. Nobody outside can find a name that counts as another's.
 pub(super) fn client(name: impl Hash) -> ClientId {
     static KEYS: LazyLock<RandomState> = LazyLock::new(RandomState::new);

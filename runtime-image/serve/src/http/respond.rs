@@ -16,19 +16,27 @@ use strata_model::Vocabulary;
 use super::admit::Admitted;
 use super::error::ApiError;
 use super::gather::{Choice, Counting, Events, parts, reason_name};
-use super::prepare::{Prepared, client, random};
+use super::prepare::{Prepared, random};
 use super::tools::{Part, Reader};
 use super::{Served, State, unix_seconds};
-use crate::engine::{Event, TokenProb, Usage};
+use crate::engine::{Event, Submission, TokenProb, Usage};
 
 /// How often a silent stream sends a comment, so that proxies keep it open.
-const KEEP_ALIVE: Duration = Duration::from_secs(15);
+pub(super) const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
 /// Which of the two APIs answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Shape {
     Chat,
     Completion,
+}
+
+/// Whose objects the answer has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Dialect {
+    OpenAi,
+    /// With the fields of Azure's content filter, empty as Azure has them where no filter judged: nothing is judged here.
+    Azure,
 }
 
 /// What every object of one response repeats.
@@ -38,6 +46,7 @@ pub(super) struct Frame {
     created: u64,
     model: String,
     vocabulary: Arc<Vocabulary>,
+    dialect: Dialect,
     /// Bytes of text given out so far, of each choice: completions count offsets.
     offsets: Vec<usize>,
 }
@@ -48,25 +57,30 @@ pub(super) type LogProbs = (TokenProb, Vec<TokenProb>);
 pub(super) async fn answer<R: DeserializeOwned + 'static>(
     state: Arc<State>,
     request: Admitted,
-    shape: Shape,
+    (shape, dialect): (Shape, Dialect),
     prepared: fn(&Served, R) -> Result<Prepared, ApiError>,
 ) -> Result<Response, ApiError> {
     // Known without the work of preparing.
     state.accepting()?.engine.has_room()?;
     let key = request.client;
     let mut prepared = request.prepare(&state, prepared).await?;
-    if let Some(key) = key {
-        for submission in std::iter::once(&mut prepared.submission).chain(&mut prepared.others) {
-            submission.client = client((key, submission.client));
-        }
+    prepared.sent_by(key);
+    respond(state.accepting()?, prepared, shape, dialect).await
+}
+
+/// The name of what answers, as responses give it.
+pub(super) fn model_name(served: &Served, submission: &Submission) -> String {
+    match &submission.adapter {
+        Some(adapter) => adapter.name().to_owned(),
+        None => served.names[0].clone(),
     }
-    respond(state.accepting()?, prepared, shape).await
 }
 
 /// Submits the request and answers.
-async fn respond(served: &Served, prepared: Prepared, shape: Shape) -> Result<Response, ApiError> {
+async fn respond(served: &Served, prepared: Prepared, shape: Shape, dialect: Dialect) -> Result<Response, ApiError> {
     let frame = Frame {
         shape,
+        dialect,
         id: format!(
             "{}-{:016x}{:016x}",
             if shape == Shape::Chat { "chatcmpl" } else { "cmpl" },
@@ -74,10 +88,7 @@ async fn respond(served: &Served, prepared: Prepared, shape: Shape) -> Result<Re
             random()
         ),
         created: unix_seconds(),
-        model: match &prepared.submission.adapter {
-            Some(adapter) => adapter.name().to_owned(),
-            None => served.names[0].clone(),
-        },
+        model: model_name(served, &prepared.submission),
         vocabulary: served.vocabulary.clone(),
         offsets: vec![0; prepared.submission.choices * (1 + prepared.others.len())],
     };
@@ -143,6 +154,9 @@ async fn whole(
         .enumerate()
         .map(|(index, choice)| choice.object(&frame, index));
     let mut body = frame.object(false, choices.collect());
+    if frame.dialect == Dialect::Azure {
+        body["prompt_filter_results"] = unfiltered();
+    }
     body["usage"] = self::usage(&counting.usage);
     Ok(Json(body).into_response())
 }
@@ -174,6 +188,12 @@ fn streamed(
         pending: VecDeque::new(),
         done: false,
     };
+    if streaming.frame.dialect == Dialect::Azure {
+        // What is said of the prompt comes first, in a chunk without choices.
+        let mut body = streaming.frame.object(true, Vec::new());
+        body["prompt_filter_results"] = unfiltered();
+        streaming.pending.push_back(body.to_string());
+    }
     if streaming.frame.shape == Shape::Chat {
         // The role comes first and alone, as with OpenAI, so that clients open the message.
         for index in 0..choices {
@@ -293,7 +313,12 @@ impl Streaming {
 }
 
 impl Frame {
-    fn object(&self, chunk: bool, choices: Vec<Value>) -> Value {
+    fn object(&self, chunk: bool, mut choices: Vec<Value>) -> Value {
+        if self.dialect == Dialect::Azure {
+            choices
+                .iter_mut()
+                .for_each(|choice| choice["content_filter_results"] = json!({}));
+        }
         let object = match (self.shape, chunk) {
             (Shape::Chat, false) => "chat.completion",
             (Shape::Chat, true) => "chat.completion.chunk",
@@ -349,6 +374,11 @@ impl Frame {
             }
         }
     }
+}
+
+/// What Azure says of a prompt that no filter judged.
+fn unfiltered() -> Value {
+    json!([{ "prompt_index": 0, "content_filter_results": {} }])
 }
 
 fn usage(usage: &Usage) -> Value {

@@ -9,12 +9,16 @@ mod access;
 mod adapters;
 mod answers;
 mod choices;
+mod document;
+mod embeddings;
 mod fairness;
 mod forms;
 mod life;
+mod metrics;
 #[path = "../peft/mod.rs"]
 mod peft;
 mod refusals;
+mod responses;
 mod speculation;
 mod tools;
 
@@ -98,6 +102,11 @@ impl Running {
                 ..tiny_config()
             },
         );
+        Self::begin_in(folder, arguments).await
+    }
+
+    /// A server of the model in `folder`, which may not have loaded it yet.
+    async fn begin_in(folder: tempfile::TempDir, arguments: &str) -> Running {
         let server = Server::start(Self::arguments(folder.path(), arguments)).await.unwrap();
         let url = format!("http://{}", server.address());
         let (stop, stopped) = oneshot::channel::<()>();
