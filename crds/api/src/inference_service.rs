@@ -71,6 +71,12 @@ pub struct InferenceServiceSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 16, max = 1_048_576))]
     pub max_sequence_tokens: Option<i32>,
+    /// Who is answered (default: whoever reaches the endpoint).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub auth: Option<Auth>,
+    /// HTTPS instead of HTTP: the Service answers on port 443 instead of 80.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls: Option<Tls>,
     /// Number of pods (default 1).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     // In the schema, as the server answers a read of /scale only where the field is there.
@@ -79,6 +85,37 @@ pub struct InferenceServiceSpec {
     /// What all kinds share.
     #[serde(flatten)]
     pub common: Common,
+}
+
+/// Who is answered.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Auth {
+    /// The keys, one a line: clients present one as `Authorization: Bearer KEY` or `api-key: KEY`. A change counts within about
+    /// two minutes, without a restart.
+    pub secret: SecretKey,
+}
+
+/// A value in a Secret of the same namespace. It is mounted into pods; the operator does not read it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct SecretKey {
+    /// Name of the Secret.
+    #[schemars(length(min = 1, max = 253), regex(pattern = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"))]
+    pub name: String,
+    /// Key in its data.
+    #[schemars(length(min = 1, max = 253), regex(pattern = r"^[-._a-zA-Z0-9]+$"))]
+    pub key: String,
+}
+
+/// How the endpoint speaks TLS.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Tls {
+    /// Name of a Secret of type kubernetes.io/tls in the same namespace, as cert-manager writes it: `tls.crt` and `tls.key`. A
+    /// renewed certificate counts within about two minutes, without a restart.
+    #[schemars(length(min = 1, max = 253), regex(pattern = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"))]
+    pub secret_name: String,
 }
 
 /// The cache of keys and values, per pod.

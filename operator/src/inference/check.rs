@@ -1,6 +1,6 @@
 //! From an InferenceService's spec to the preparing run and the settings of the serving pods.
 
-use strata_api::{Common, InferenceService, KvCacheDtype, PodOverrides};
+use strata_api::{Common, InferenceService, KvCacheDtype, PodOverrides, SecretKey};
 use strata_contract::{Input, QuantizationFormat, QuantizeConfig, Stage};
 
 use crate::engine::kind::{Env, Observed, Refusal, ResourceKind};
@@ -8,6 +8,7 @@ use crate::run::check::{check as check_run, check_pod, gates, unsigned};
 use crate::run::{InputRef, Order, Runs};
 use crate::workload::pod::Sizes;
 use crate::workload::quantity;
+use crate::workload::service::Scheme;
 
 /// Memory of the cache of keys and values where the spec does not say, in bytes.
 const DEFAULT_KV_CACHE_BYTES: u64 = 256 << 20;
@@ -64,6 +65,10 @@ pub struct Serving {
     pub replicas: i32,
     /// Whether the user wants it stopped.
     pub is_suspended: bool,
+    /// Where the keys are that clients must present.
+    pub api_keys: Option<SecretKey>,
+    /// The Secret with the certificate, if HTTPS is served.
+    pub tls_secret: Option<String>,
     /// Tokens in a block of the cache.
     pub block_tokens: u32,
     /// Memory of the cache in bytes.
@@ -77,6 +82,14 @@ pub struct Serving {
 }
 
 impl Serving {
+    /// What the server speaks.
+    pub fn scheme(&self) -> Scheme {
+        match self.tls_secret {
+            Some(_) => Scheme::Https,
+            None => Scheme::Http,
+        }
+    }
+
     /// What a serving pod asks for, given the size of the served file.
     pub fn sizes(&self, artifact_bytes: u64) -> Sizes {
         let mib = |bytes: u64| bytes.div_ceil(1 << 20);
@@ -123,6 +136,8 @@ fn serving(service: &InferenceService, env: &Env) -> Result<Serving, String> {
         image: env.runtime_image.clone(),
         replicas: if suspend { 0 } else { service.spec.replicas.unwrap_or(1) },
         is_suspended: suspend,
+        api_keys: service.spec.auth.as_ref().map(|auth| auth.secret.clone()),
+        tls_secret: service.spec.tls.as_ref().map(|tls| tls.secret_name.clone()),
         block_tokens: unsigned("spec.kvCache.blockTokens", cache.block_tokens.unwrap_or(16))?,
         kv_cache_bytes,
         kv_cache_dtype: cache.dtype.unwrap_or_default(),

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::apps::v1::Deployment;
-use k8s_openapi::api::core::v1::PodTemplateSpec;
+use k8s_openapi::api::core::v1::{PodTemplateSpec, Volume, VolumeMount};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
@@ -17,7 +17,7 @@ use crate::run;
 use crate::run::phase::{Ledger, Phase, phase};
 use crate::workload::pod::{PodParts, template};
 use crate::workload::volume::Claims;
-use crate::workload::{deployment, labels, service};
+use crate::workload::{deployment, labels, service, volume};
 
 /// Time that the server in the pod goes on as before after it is asked to stop, in seconds: the default of its
 /// `--shutdown-delay`. It is not handed in: pods keep their image, and an older one may not know it.
@@ -26,6 +26,13 @@ const SHUTDOWN_DELAY_SECONDS: i64 = 5;
 const SHUTDOWN_TIMEOUT_SECONDS: i64 = 25;
 /// Time that a serving pod has to stop in, in seconds: both, and as much again for a loaded machine.
 const SERVE_GRACE_SECONDS: i64 = 2 * (SHUTDOWN_DELAY_SECONDS + SHUTDOWN_TIMEOUT_SECONDS);
+
+/// Where Secrets are mounted, and what their files are called there.
+const KEYS_DIR: &str = "/etc/strata/api-keys";
+const KEYS_FILE: &str = "keys";
+const TLS_DIR: &str = "/etc/strata/tls";
+const CERTIFICATE_FILE: &str = "tls.crt";
+const PRIVATE_KEY_FILE: &str = "tls.key";
 
 /// What is wanted of the server.
 pub fn plan(
@@ -54,9 +61,10 @@ pub fn plan(
         &owner,
         selector.clone(),
         checked.serving.replicas,
+        checked.serving.scheme(),
         pods(&name, &checked.serving, &served),
     ));
-    planned.service = Some(service::build(metadata, &owner, selector));
+    planned.service = Some(service::build(metadata, &owner, selector, checked.serving.scheme()));
     planned
 }
 
@@ -131,12 +139,25 @@ fn pods(name: &str, serving: &Serving, served: &Served) -> PodTemplateSpec {
         env: Vec::new(),
         port: ("http", SERVE_PORT),
         claims: &claims,
-        volumes: Vec::new(),
+        volumes: secrets(serving),
         sizes: serving.sizes(served.bytes),
         grace_seconds: SERVE_GRACE_SECONDS,
         restart_policy: None,
         overrides: &serving.pod,
     })
+}
+
+/// The Secrets that the server reads, mounted: the operator itself reads none.
+fn secrets(serving: &Serving) -> Vec<(Volume, VolumeMount)> {
+    let keys = serving.api_keys.as_ref().map(|secret| {
+        let item = (secret.key.clone(), KEYS_FILE);
+        volume::secret("api-keys", &secret.name, KEYS_DIR, vec![item])
+    });
+    let tls = serving.tls_secret.as_ref().map(|name| {
+        let items = [CERTIFICATE_FILE, PRIVATE_KEY_FILE].map(|file| (file.to_owned(), file));
+        volume::secret("tls", name, TLS_DIR, items.into())
+    });
+    keys.into_iter().chain(tls).collect()
 }
 
 fn command(name: &str, serving: &Serving, served: &Served) -> Vec<String> {
@@ -163,7 +184,17 @@ fn command(name: &str, serving: &Serving, served: &Served) -> Vec<String> {
     let length = serving
         .max_sequence_tokens
         .map(|tokens| ("--max-model-len", tokens.to_string()));
-    for (option, value) in options.into_iter().chain(length) {
+    let keys = serving
+        .api_keys
+        .as_ref()
+        .map(|_| ("--api-key-file", format!("{KEYS_DIR}/{KEYS_FILE}")));
+    let files = [
+        ("--ssl-certfile", CERTIFICATE_FILE),
+        ("--ssl-keyfile", PRIVATE_KEY_FILE),
+    ];
+    let tls = files.map(|(option, file)| (option, format!("{TLS_DIR}/{file}")));
+    let tls = tls.into_iter().filter(|_| serving.tls_secret.is_some());
+    for (option, value) in options.into_iter().chain(length).chain(keys).chain(tls) {
         command.extend([option.to_owned(), value]);
     }
     command

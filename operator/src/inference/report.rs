@@ -10,6 +10,7 @@ use crate::engine::kind::{Observed, Outcome, Refusal};
 use crate::run::conditions::Finding;
 use crate::run::report::judge;
 use crate::workload::labels;
+use crate::workload::service::Scheme;
 
 /// The status.
 pub fn report(
@@ -54,7 +55,10 @@ pub fn report(
         requeue: judged.requeue,
         status: InferenceServiceStatus {
             run_status: judged.finish(&[available], now),
-            url: address.map(|_| format!("http://{name}.{}.svc", resource.namespace().unwrap_or_default())),
+            url: address.map(|service| {
+                let scheme = Scheme::of(service).url();
+                format!("{scheme}://{name}.{}.svc", resource.namespace().unwrap_or_default())
+            }),
             serving_digest: one.map(|digest| (*digest).clone()),
             replicas: Some(counts.as_ref().and_then(|status| status.replicas).unwrap_or(0)),
             ready_replicas: Some(counts.as_ref().and_then(|status| status.ready_replicas).unwrap_or(0)),

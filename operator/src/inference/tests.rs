@@ -94,6 +94,83 @@ fn pods_serve_the_artifact_by_uri_and_digest_read_only() {
 }
 
 #[test]
+fn keys_and_certificate_are_mounted_from_their_secrets_and_the_endpoint_is_https() {
+    let change = json!({"auth": {"secret": {"name": "keys", "key": "current"}}, "tls": {"secretName": "cert"}});
+    let (service, mut observed) = serving(change);
+    let deployment = observed.deployment.clone().expect("served");
+    let pod = part(&deployment, "/spec/template/spec");
+    let container = &pod["containers"][0];
+    for (name, secret, items, folder) in [
+        (
+            "api-keys",
+            "keys",
+            json!([{"key": "current", "path": "keys"}]),
+            "/etc/strata/api-keys",
+        ),
+        (
+            "tls",
+            "cert",
+            json!([{"key": "tls.crt", "path": "tls.crt"}, {"key": "tls.key", "path": "tls.key"}]),
+            "/etc/strata/tls",
+        ),
+    ] {
+        let named = |list: &Value| {
+            list.as_array()
+                .expect("a list")
+                .iter()
+                .find(|one| one["name"] == name)
+                .cloned()
+        };
+        let volume = named(&pod["volumes"]).expect(name);
+        assert_eq!(
+            volume["secret"],
+            json!({"secretName": secret, "items": items, "defaultMode": 0o440})
+        );
+        let mount = named(&container["volumeMounts"]).expect(name);
+        assert_eq!(
+            (&mount["mountPath"], &mount["readOnly"]),
+            (&json!(folder), &json!(true))
+        );
+    }
+    let words: Vec<&str> = container["command"]
+        .as_array()
+        .expect("a command")
+        .iter()
+        .filter_map(Value::as_str)
+        .collect();
+    for pair in [
+        ["--api-key-file", "/etc/strata/api-keys/keys"],
+        ["--ssl-certfile", "/etc/strata/tls/tls.crt"],
+        ["--ssl-keyfile", "/etc/strata/tls/tls.key"],
+    ] {
+        assert!(words.windows(2).any(|window| window == pair), "{pair:?} in {words:?}");
+    }
+    for probe in ["startupProbe", "readinessProbe", "livenessProbe"] {
+        assert_eq!(container[probe]["httpGet"]["scheme"], "HTTPS", "{probe}");
+    }
+    let checked = service.check(&observed, &env());
+    observed.service = service.plan(&checked, &observed, at(NOW)).service;
+    let port = &observed
+        .service
+        .as_ref()
+        .and_then(|service| service.spec.as_ref()?.ports.as_ref()?.first());
+    assert_eq!(port.expect("a port").port, 443);
+    let url = service
+        .report(&checked, &observed, at(NOW))
+        .status
+        .url
+        .expect("an address");
+    assert!(url.starts_with("https://s."), "{url}");
+    // Without them, nothing of that is there: pods of before are not restarted.
+    let (_, plain) = serving(json!({}));
+    let text = serde_json::to_string(&plain.deployment).expect("it serializes");
+    assert!(
+        !text.contains("secret") && !text.contains("HTTPS") && !text.contains("--ssl"),
+        "{text}"
+    );
+}
+
+#[test]
 fn the_last_good_artifact_stays_while_a_new_one_is_prepared_or_refused() {
     let (service, before) = serving(json!({}));
     for how in [

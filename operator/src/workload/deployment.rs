@@ -7,12 +7,15 @@ use k8s_openapi::api::core::v1::{HTTPGetAction, PodTemplateSpec, Probe, Topology
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta, OwnerReference};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
+use super::service::Scheme;
+
 /// A Deployment that replaces a pod only when its successor is ready.
 pub fn build(
     metadata: ObjectMeta,
     owner: &OwnerReference,
     selector: BTreeMap<String, String>,
     replicas: i32,
+    scheme: Scheme,
     mut template: PodTemplateSpec,
 ) -> Deployment {
     for pod in template.spec.iter_mut() {
@@ -20,9 +23,9 @@ pub fn build(
     }
     for container in template.spec.iter_mut().flat_map(|spec| &mut spec.containers) {
         // Loading weights may take minutes: the start has five of them, the others judge what runs.
-        container.startup_probe = Some(probe("/health", 2, 150));
-        container.readiness_probe = Some(probe("/ready", 2, 2));
-        container.liveness_probe = Some(probe("/health", 10, 6));
+        container.startup_probe = Some(probe("/health", scheme, 2, 150));
+        container.readiness_probe = Some(probe("/ready", scheme, 2, 2));
+        container.liveness_probe = Some(probe("/health", scheme, 10, 6));
     }
     Deployment {
         metadata: ObjectMeta {
@@ -67,11 +70,13 @@ fn on_many_nodes(selector: BTreeMap<String, String>) -> TopologySpreadConstraint
     }
 }
 
-fn probe(path: &str, period_seconds: i32, failure_threshold: i32) -> Probe {
+fn probe(path: &str, scheme: Scheme, period_seconds: i32, failure_threshold: i32) -> Probe {
     Probe {
         http_get: Some(HTTPGetAction {
             path: Some(path.into()),
             port: IntOrString::String("http".into()),
+            // The kubelet does not look who signed the certificate.
+            scheme: (scheme == Scheme::Https).then(|| "HTTPS".to_owned()),
             ..HTTPGetAction::default()
         }),
         period_seconds: Some(period_seconds),

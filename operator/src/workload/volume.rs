@@ -2,8 +2,37 @@
 
 use std::collections::BTreeMap;
 
-use k8s_openapi::api::core::v1::{PersistentVolumeClaimVolumeSource, Volume, VolumeMount};
+use k8s_openapi::api::core::v1::{
+    KeyToPath, PersistentVolumeClaimVolumeSource, SecretVolumeSource, Volume, VolumeMount,
+};
 use strata_contract::{Uri, VOLUMES_DIR};
+
+/// A Secret's keys as files in a folder. Who reads them sees changes, as the whole folder is mounted.
+pub fn secret(name: &str, secret: &str, folder: &str, items: Vec<(String, &str)>) -> (Volume, VolumeMount) {
+    let item = |(key, path): (String, &str)| KeyToPath {
+        key,
+        path: path.to_owned(),
+        mode: None,
+    };
+    let volume = Volume {
+        name: name.to_owned(),
+        secret: Some(SecretVolumeSource {
+            secret_name: Some(secret.to_owned()),
+            items: Some(items.into_iter().map(item).collect()),
+            // For the user and the group of the process alone.
+            default_mode: Some(0o440),
+            ..SecretVolumeSource::default()
+        }),
+        ..Volume::default()
+    };
+    let mount = VolumeMount {
+        name: name.to_owned(),
+        mount_path: folder.to_owned(),
+        read_only: Some(true),
+        ..VolumeMount::default()
+    };
+    (volume, mount)
+}
 
 /// Claims by name, each with whether it is only read.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
