@@ -8,7 +8,7 @@ use axum::response::Response;
 
 use super::admit::Admitted;
 use super::error::ApiError;
-use super::{Loaded, State, chat, completions, embeddings};
+use super::{State, chat, completions, embeddings};
 
 /// `POST /openai/deployments/{name}/chat/completions`
 pub(super) async fn chat(
@@ -40,15 +40,12 @@ pub(super) async fn embeddings(
     embeddings::create(Extract(state), request).await
 }
 
-/// An adapter is a deployment as well. Then its name counts, and not what the body says besides.
+/// A model or an adapter is a deployment. Its name counts, and not what the body says besides: Azure's clients that are given
+/// a deployment write any model there, and Azure does not look at it.
 fn deployment(state: &State, name: String, request: Admitted) -> Result<Admitted, ApiError> {
-    let loaded = state.any()?;
-    let names = loaded.names();
-    if !names.contains(&name) {
-        return Err(ApiError::unknown_deployment(&name, &names));
-    }
-    match loaded {
-        Loaded::Generates(served) if served.adapters.get(&name).is_some() => Ok(request.of_model(name)),
-        _ => Ok(request),
+    let names = state.any()?.names();
+    match names.contains(&name) {
+        true => Ok(request.of_model(name)),
+        false => Err(ApiError::unknown_deployment(&name, &names)),
     }
 }

@@ -10,8 +10,8 @@ use super::{State, azure, chat, completions, embeddings, lora, other, responses}
 
 /// Where the routes of OpenAI's API stand: as OpenAI has them, and as Azure's newer API has them.
 const V1: &[&str] = &["/v1", "/openai/v1"];
-/// Responses stood in Azure before its newer API did.
-const RESPONSES: &[&str] = &["/v1", "/openai/v1", "/openai"];
+/// Models and responses stood in Azure before its newer API did.
+const WITH_OLDER: &[&str] = &["/v1", "/openai/v1", "/openai"];
 const DEPLOYMENTS: &[&str] = &["/openai/deployments/{name}"];
 const ROOT: &[&str] = &[""];
 
@@ -71,11 +71,11 @@ pub(super) fn table() -> Vec<Route> {
             "Unload a LoRA adapter, where that is allowed",
             None,
         ),
-        on(V1, "/models", get(other::models)).gets("The models that are served"),
-        on(V1, "/models/{*id}", get(other::model)).gets("A model that is served"),
-        on(RESPONSES, "/responses", post(responses::create)).takes(&openapi::RESPONSE, "Answer, in the newer form"),
+        on(WITH_OLDER, "/models", get(other::models)).gets("The models that are served"),
+        on(WITH_OLDER, "/models/{*id}", get(other::model)).gets("A model that is served"),
+        on(WITH_OLDER, "/responses", post(responses::create)).takes(&openapi::RESPONSE, "Answer, in the newer form"),
         on(
-            RESPONSES,
+            WITH_OLDER,
             "/responses/{id}",
             get(responses::get).delete(responses::delete),
         )

@@ -250,6 +250,11 @@ async fn azure_paths_are_answered_as_openais() {
     without_model.as_object_mut().unwrap().remove("model");
     for (path, body) in [
         ("/openai/v1/chat/completions", chat("x", json!({}))),
+        // The path says what is asked; Azure does not look at the body's model.
+        (
+            "/openai/deployments/tiny/chat/completions?api-version=2024-10-21",
+            chat("x", json!({ "model": "gpt-4o" })),
+        ),
         (
             "/openai/deployments/tiny/chat/completions?api-version=2024-10-21",
             without_model,
@@ -261,7 +266,9 @@ async fn azure_paths_are_answered_as_openais() {
     let written = content("/v1/completions", completion.clone()).await;
     let path = "/openai/deployments/other/completions?api-version=2024-10-21";
     assert_eq!(content(path, completion).await, written);
-    assert_eq!(server.get("/openai/v1/models").await, server.get("/v1/models").await);
+    for path in ["/openai/v1/models", "/openai/models?api-version=2024-10-21"] {
+        assert_eq!(server.get(path).await, server.get("/v1/models").await, "{path}");
+    }
     // As with Azure where no filter judged: the fields are there, and say nothing.
     let path = "/openai/deployments/tiny/chat/completions?api-version=2024-10-21";
     let (_, answer) = server.post(path, chat("x", json!({ "n": 2 })).to_string()).await;

@@ -61,7 +61,12 @@ async fn every_documented_path_answers_and_every_documented_field_is_read() {
             let mut body = whole.clone();
             body[field] = wrong(schema);
             let (status, answer) = ask(&body).await;
-            assert_eq!(status, StatusCode::BAD_REQUEST, "{path} with {body}: {answer}");
+            // Under a deployment the body's model is not looked at: the path has it.
+            let expected = match field == "model" && path.contains("/deployments/") {
+                true => StatusCode::OK,
+                false => StatusCode::BAD_REQUEST,
+            };
+            assert_eq!(status, expected, "{path} with {body}: {answer}");
             fields += 1;
         }
         if let Some(first) = schema["required"][0].as_str() {
