@@ -16,7 +16,7 @@ SLOT ?= 1
 E2E := bed manifests chart bad_input release story
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-down test preflight lint lint-cuda deny generate generated test-unit test-e2e test-interop bench-serve test-parity performance-page soak-serve fuzz programs bed bed-down
+.PHONY: help demo demo-down test preflight lint lint-cuda deny generate generated test-unit test-e2e test-interop test-clients bench-serve test-parity performance-page soak-serve fuzz programs bed bed-down
 
 help: ## Show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -70,6 +70,9 @@ test-e2e: bed ## Tests on a real cluster; it stays up when one fails
 test-interop: programs ## transformers, PEFT, datasets and openai against what is published and served (3 GB of Python packages)
 	cargo build --workspace --examples
 	e2e/interop/run $(BIN)
+
+test-clients: programs ## Clients of OpenAI and Azure OpenAI, at their newest versions, against the real server (1.5 GB of packages)
+	e2e/clients/run $(BIN)
 
 bench-serve: programs ## Speed beside a llama.cpp compiled here (BENCH_QUICK=1: 3 minutes instead of 15; the first time +20 to compile it)
 	cargo build --workspace --examples
