@@ -10,13 +10,14 @@ use super::rows::{BACK_32, FACTS, SCALE, SCALED_SUM};
 const AHEAD: usize = 2048;
 
 /// A format as a type, so that each gets a loop of its own.
-trait Kind {
+pub(super) trait Kind {
+    /// The format.
     const FORMAT: Format;
 }
 
 macro_rules! kinds {
     ($($name:ident)*) => {$(
-        struct $name;
+        pub(super) struct $name;
         impl Kind for $name {
             const FORMAT: Format = Format::$name;
         }
@@ -37,12 +38,13 @@ macro_rules! unroll {
         }
     )*};
 }
+pub(super) use unroll;
 
 /// A block of a panel in registers.
-struct Block {
-    quants: [__m512i; 8],
-    scales: [__m512; 2],
-    minimum: __m512,
+pub(super) struct Block {
+    pub(super) quants: [__m512i; 8],
+    pub(super) scales: [__m512; 2],
+    pub(super) minimum: __m512,
 }
 
 /// See [`super::multiply::quantized`].
@@ -145,7 +147,7 @@ unsafe fn blocks<K: Kind, const R: usize>(panel: &[u8], columns: usize, x: &[i8]
 /// Block `b` lies in the panel.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn load<K: Kind>(scales: *const u8, quants: *const u8, b: usize) -> Block {
+pub(super) unsafe fn load<K: Kind>(scales: *const u8, quants: *const u8, b: usize) -> Block {
     let unit = K::FORMAT.quant_bytes();
     // SAFETY: the offsets are those of the layout (see `format`); a prefetch may go anywhere.
     unsafe {

@@ -9,6 +9,8 @@
     reason = "an index names the same lane, row or head of several arrays"
 )]
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -165,13 +167,8 @@ pub fn matmul(pool: &Pool, isa: Isa, x: Input<'_>, products: &mut [(&Matrix, &mu
 fn multiply_panel(isa: Isa, matrix: &Matrix, index: usize, rows: usize, x: Input<'_>, out: &Disjoint<'_, f32>) {
     let panel = matrix.panel(index);
     let (start, end) = (index * PANEL, ((index + 1) * PANEL).min(matrix.rows));
-    let mut sums = [[0f32; PANEL]; TILE];
-    for first in (0..rows).step_by(TILE) {
-        match matrix.format.is_quantized() {
-            true => multiply::quantized(isa, matrix.format, panel, x.quantized, first, &mut sums),
-            false => multiply::floats(isa, matrix.format, panel, x.floats, first, &mut sums),
-        }
-        for (row, sums) in (first..rows).zip(&sums) {
+    let give = |first: usize, sums: &multiply::Sums| {
+        for (row, sums) in (first..rows).zip(sums) {
             // SAFETY: each panel's outputs belong to one chunk.
             let out = unsafe { out.slice_mut(row * matrix.rows + start..row * matrix.rows + end) };
             // Of a known size a copy is one instruction.
@@ -180,6 +177,22 @@ fn multiply_panel(isa: Isa, matrix: &Matrix, index: usize, rows: usize, x: Input
                 None => out.copy_from_slice(&sums[..end - start]),
             }
         }
+    };
+    let mut done = 0;
+    #[cfg(target_arch = "x86_64")]
+    if isa >= Isa::Amx && rows >= TILE && amx::takes(matrix.format) {
+        let tile = |first| x.quantized.tile(first);
+        // SAFETY: the processor has what `isa` names; `matmul` saw that matrix and input fit.
+        unsafe { amx::tiles(matrix.format, panel, matrix.columns, rows, tile, give) };
+        done = rows / TILE * TILE;
+    }
+    let mut sums = [[0f32; PANEL]; TILE];
+    for first in (done..rows).step_by(TILE) {
+        match matrix.format.is_quantized() {
+            true => multiply::quantized(isa, matrix.format, panel, x.quantized, first, &mut sums),
+            false => multiply::floats(isa, matrix.format, panel, x.floats, first, &mut sums),
+        }
+        give(first, &sums);
     }
 }
 

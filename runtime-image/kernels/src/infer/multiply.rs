@@ -17,7 +17,9 @@ pub(super) fn quantized(isa: Isa, format: Format, panel: &[u8], x: &Q8Rows, firs
     #[cfg(target_arch = "x86_64")]
     match isa {
         // SAFETY: the processor has what `isa` names; panel and tile are of `x.columns()` columns.
-        Isa::Avx512Vnni => return unsafe { super::avx512::quantized(format, panel, x.columns(), tile, sums) },
+        Isa::Avx512Vnni | Isa::Amx => {
+            return unsafe { super::avx512::quantized(format, panel, x.columns(), tile, sums) };
+        }
         // SAFETY: as above.
         Isa::Avx2 => return unsafe { super::avx2::quantized(format, panel, x.columns(), tile, sums) },
         Isa::Portable => {}
@@ -32,7 +34,7 @@ pub(super) fn floats(isa: Isa, format: Format, panel: &[u8], x: &FloatRows, firs
     #[cfg(target_arch = "x86_64")]
     match isa {
         // SAFETY: the processor has what `isa` names; panel and tile are of `x.columns()` columns.
-        Isa::Avx512Vnni => return unsafe { super::avx512::floats(format, panel, tile, sums) },
+        Isa::Avx512Vnni | Isa::Amx => return unsafe { super::avx512::floats(format, panel, tile, sums) },
         // SAFETY: as above.
         Isa::Avx2 => return unsafe { super::avx2::floats(format, panel, tile, sums) },
         Isa::Portable => {}
