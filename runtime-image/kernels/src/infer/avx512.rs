@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use super::format::{BLOCK, Format, PANEL, Q4_K_SCALES, Q6_K_SCALES, SUPER};
 use super::multiply::{Sums, back};
-use super::rows::{BACK_32, FACTS, SCALE, SCALED_SUM};
+use super::rows::{BACK_32, FACTS, SCALE, SCALED_SUM, facts};
 
 /// How far ahead of its use a panel is fetched, in bytes: the hardware stops at the end of each 4 KiB page.
 const AHEAD: usize = 2048;
@@ -286,4 +286,25 @@ unsafe fn columns<K: Kind, const R: usize>(panel: &[u8], x: &[f32], out: &mut Su
         // SAFETY: 16 floats are written to an array of 16.
         unsafe { _mm512_storeu_ps(out[r].as_mut_ptr(), sums[r]) };
     }
+}
+
+/// Rounds a block of activations; see [`super::rows::Q8Rows`].
+///
+/// # Safety
+/// The processor has AVX-512 F.
+#[target_feature(enable = "avx2,fma,avx512f")]
+pub(super) unsafe fn quantize(x: &[f32; BLOCK], quants: &mut [i8; BLOCK]) -> [u32; FACTS] {
+    // SAFETY: a block has 32 floats.
+    let x = unsafe { [_mm512_loadu_ps(x.as_ptr()), _mm512_loadu_ps(x.as_ptr().add(BLOCK / 2))] };
+    let largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(x[0]), _mm512_abs_ps(x[1])));
+    let inverse = _mm512_set1_ps(if largest > 0.0 { 127.0 / largest } else { 0.0 });
+    let rounded = x.map(|x| _mm512_cvtps_epi32(_mm512_mul_ps(x, inverse)));
+    for (half, rounded) in rounded.into_iter().enumerate() {
+        // SAFETY: 16 bytes are written into one half of an array of 32.
+        unsafe {
+            let to = quants.as_mut_ptr().add(half * BLOCK / 2);
+            _mm_storeu_si128(to.cast(), _mm512_cvtepi32_epi8(rounded));
+        }
+    }
+    facts(largest / 127.0, rounded.map(|rounded| _mm512_reduce_add_epi32(rounded)))
 }

@@ -23,7 +23,7 @@ mod softmax;
 
 pub use attention::{KvDtype, KvLayer, KvLayout, Scoring, Sequence, attend};
 pub use format::{BLOCK, Format};
-pub use rows::{FloatRows, Q8Rows};
+pub use rows::{FloatRows, Q8Rows, add, for_rows};
 pub use softmax::{log_prob, log_sum_exp};
 
 use crate::arena::{Arena, ArenaSlice};

@@ -37,6 +37,31 @@ pub(super) fn padded(rows: usize) -> usize {
     whole + if rows > whole { tile(rows, whole) } else { 0 }
 }
 
+/// Rows that a thread takes at least: with fewer, waking the others costs more than they save.
+const MIN_ROWS: usize = 4;
+
+/// Calls `make(row, its place)` for each row of `values`, on all threads.
+pub fn for_rows(pool: &Pool, values: &mut [f32], columns: usize, make: impl Fn(usize, &mut [f32]) + Sync) {
+    assert!(
+        values.len().is_multiple_of(columns),
+        "{} values in rows of {columns}",
+        values.len()
+    );
+    let rows = values.len() / columns;
+    let values = Disjoint::new(values);
+    pool.parallel_for_min(rows, MIN_ROWS, |range| {
+        for row in range {
+            // SAFETY: each row belongs to one chunk.
+            make(row, unsafe { values.slice_mut(row * columns..(row + 1) * columns) });
+        }
+    });
+}
+
+/// Adds `values` to `to`, element by element.
+pub fn add(to: &mut [f32], values: &[f32]) {
+    to.iter_mut().zip(values).for_each(|(to, value)| *to += value);
+}
+
 /// Rows of activations in blocks of 32 signed bytes with one float scale.
 ///
 /// Tile after tile, and in it block after block: the quants of each row, and the facts of each row.
@@ -95,8 +120,7 @@ impl Q8Rows {
             Disjoint::new(&mut self.quants),
             Disjoint::new(&mut self.facts),
         );
-        // Few rows are made by the caller alone: waking the others costs more.
-        pool.parallel_for_min(rows, 4, |range| {
+        pool.parallel_for_min(rows, MIN_ROWS, |range| {
             for row in range {
                 // SAFETY: each row belongs to one chunk.
                 let x = unsafe { values.slice_mut(row * columns..(row + 1) * columns) };
@@ -149,10 +173,17 @@ impl Q8Rows {
 }
 
 fn quantize(isa: Isa, x: &[f32], quants: &mut [i8]) -> [u32; FACTS] {
+    let (x, quants): (&[f32; BLOCK], &mut [i8; BLOCK]) = match (x.try_into(), quants.try_into()) {
+        (Ok(x), Ok(quants)) => (x, quants),
+        _ => unreachable!("a block of 32"),
+    };
     #[cfg(target_arch = "x86_64")]
-    if isa >= Isa::Avx2 {
-        // SAFETY: the processor has AVX2 and FMA.
-        return unsafe { quantize_avx2(x, quants) };
+    match isa {
+        // SAFETY: the processor has what `isa` names.
+        Isa::Avx512Vnni | Isa::Amx => return unsafe { super::avx512::quantize(x, quants) },
+        // SAFETY: as above.
+        Isa::Avx2 => return unsafe { quantize_avx2(x, quants) },
+        Isa::Portable => {}
     }
     let _ = isa;
     quantize_block(x, quants)
@@ -160,16 +191,12 @@ fn quantize(isa: Isa, x: &[f32], quants: &mut [i8]) -> [u32; FACTS] {
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-fn quantize_avx2(x: &[f32], quants: &mut [i8]) -> [u32; FACTS] {
+fn quantize_avx2(x: &[f32; BLOCK], quants: &mut [i8; BLOCK]) -> [u32; FACTS] {
     quantize_block(x, quants)
 }
 
 #[inline(always)]
-fn quantize_block(x: &[f32], quants: &mut [i8]) -> [u32; FACTS] {
-    let (x, quants): (&[f32; BLOCK], &mut [i8; BLOCK]) = match (x.try_into(), quants.try_into()) {
-        (Ok(x), Ok(quants)) => (x, quants),
-        _ => unreachable!("a block of 32"),
-    };
+fn quantize_block(x: &[f32; BLOCK], quants: &mut [i8; BLOCK]) -> [u32; FACTS] {
     let mut lanes = [0f32; 8];
     for x in x.as_chunks::<8>().0 {
         for (largest, x) in lanes.iter_mut().zip(x) {
@@ -181,13 +208,17 @@ fn quantize_block(x: &[f32], quants: &mut [i8]) -> [u32; FACTS] {
         .iter()
         .fold(0f32, |largest, x| if *x > largest { *x } else { largest });
     let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
-    let scale = largest / 127.0;
     for (q, x) in quants.iter_mut().zip(x) {
         // Adding 1.5 · 2^23 rounds to the nearest integer, ties to even; the low byte is then that integer.
         *q = (x * inverse + 12_582_912.0).to_bits() as i8;
     }
     let sum = |quants: &[i8]| quants.iter().map(|q| i32::from(*q)).sum::<i32>();
-    let (first, second) = (sum(&quants[..BLOCK / 2]), sum(&quants[BLOCK / 2..]));
+    facts(largest / 127.0, [sum(&quants[..BLOCK / 2]), sum(&quants[BLOCK / 2..])])
+}
+
+/// The facts of a block with that scale, whose first and last 16 quants have those sums.
+#[inline(always)]
+pub(super) fn facts(scale: f32, [first, second]: [i32; 2]) -> [u32; FACTS] {
     [
         scale.to_bits(),
         (-8 * (first + second)) as u32,

@@ -164,7 +164,7 @@ impl Adapters {
                 };
                 matmul(pool, isa, input, &mut [(up, self.added.as_mut_slice())]);
                 for (row, added) in rows.iter().zip(self.added.chunks_exact(outputs)) {
-                    super::executor::add(&mut out[row * outputs..(row + 1) * outputs], added);
+                    strata_kernels::infer::add(&mut out[row * outputs..(row + 1) * outputs], added);
                 }
             }
         }

@@ -6,7 +6,8 @@ use super::adapter::{Adapter, Adapters, Target};
 use strata_kernels::arena::Arena;
 use strata_kernels::cpu::{Isa, isa};
 use strata_kernels::infer::{
-    FloatRows, Format, Input, KvDtype, KvLayer, KvLayout, Matrix, Q8Rows, Scoring, Sequence, attend, matmul,
+    FloatRows, Format, Input, KvDtype, KvLayer, KvLayout, Matrix, Q8Rows, Scoring, Sequence, add, attend, for_rows,
+    matmul,
 };
 use strata_kernels::ops::activation::{gelu_mul, silu_mul, soft_cap};
 use strata_kernels::ops::rms_norm::rms_norm;
@@ -322,19 +323,17 @@ impl Executor {
         s.adapters
             .set(batch.rows.iter().map(|row| batch.adapters.get(row.table)?.as_ref()));
         for (index, (layer, cache)) in layers.iter().zip(cache).enumerate() {
-            rms_norm(
-                &mut s.normed,
-                &mut s.inverse,
-                &s.hidden,
-                &layer.attention_norm,
-                config.norm_eps,
-            );
+            let norm = |row: usize, out: &mut [f32]| {
+                let x = &s.hidden[row * hidden..(row + 1) * hidden];
+                rms_norm(out, &mut [0.0], x, &layer.attention_norm, config.norm_eps);
+            };
             let input = s.rows.input(
                 pool,
                 *isa,
                 &mut s.normed,
                 hidden,
                 &[&layer.queries, &layer.keys, &layer.values],
+                norm,
             );
             let mut products = [
                 (&layer.queries, s.queries.as_mut_slice()),
@@ -368,25 +367,26 @@ impl Executor {
             rope(&mut s.keys, &positions, table, Turn::Forward);
             cache.write(pool, &slots, &s.keys, &s.values);
             attend(pool, *isa, cache, &layer.scoring, &s.queries, &sequences, &mut s.mixed);
-            let input = s.rows.input(pool, *isa, &mut s.mixed, width, &[&layer.output]);
+            let input = s
+                .rows
+                .input(pool, *isa, &mut s.mixed, width, &[&layer.output], |_, _| ());
             matmul(pool, *isa, input, &mut [(&layer.output, s.projected.as_mut_slice())]);
             let outs = &mut [(Target::Output, s.projected.as_mut_slice())];
             s.adapters.apply(pool, *isa, index, &s.mixed, width, outs);
             if let Some(gain) = &layer.attention_post_norm {
                 norm_in_place(&mut s.projected, &mut s.copy, gain, config.norm_eps);
             }
-            add(&mut s.hidden, &s.projected);
+            for_rows(pool, &mut s.hidden, hidden, |row, x| {
+                add(x, &s.projected[row * hidden..(row + 1) * hidden])
+            });
 
-            rms_norm(
-                &mut s.normed,
-                &mut s.inverse,
-                &s.hidden,
-                &layer.feed_forward_norm,
-                config.norm_eps,
-            );
+            let norm = |row: usize, out: &mut [f32]| {
+                let x = &s.hidden[row * hidden..(row + 1) * hidden];
+                rms_norm(out, &mut [0.0], x, &layer.feed_forward_norm, config.norm_eps);
+            };
             let input = s
                 .rows
-                .input(pool, *isa, &mut s.normed, hidden, &[&layer.gate, &layer.up]);
+                .input(pool, *isa, &mut s.normed, hidden, &[&layer.gate, &layer.up], norm);
             matmul(
                 pool,
                 *isa,
@@ -395,13 +395,15 @@ impl Executor {
             );
             let outs = &mut [(Target::Gate, s.gate.as_mut_slice()), (Target::Up, s.up.as_mut_slice())];
             s.adapters.apply(pool, *isa, index, &s.normed, hidden, outs);
-            match spec.activation {
-                Activation::Silu => silu_mul(&mut s.product, &s.gate, &s.up),
-                Activation::GeluTanh => gelu_mul(&mut s.product, &s.gate, &s.up),
-            }
-            let input = s
-                .rows
-                .input(pool, *isa, &mut s.product, config.intermediate_size, &[&layer.down]);
+            let inner = config.intermediate_size;
+            let gated = |row: usize, out: &mut [f32]| {
+                let at = row * inner..(row + 1) * inner;
+                match spec.activation {
+                    Activation::Silu => silu_mul(out, &s.gate[at.clone()], &s.up[at]),
+                    Activation::GeluTanh => gelu_mul(out, &s.gate[at.clone()], &s.up[at]),
+                }
+            };
+            let input = s.rows.input(pool, *isa, &mut s.product, inner, &[&layer.down], gated);
             matmul(pool, *isa, input, &mut [(&layer.down, s.projected.as_mut_slice())]);
             let outs = &mut [(Target::Down, s.projected.as_mut_slice())];
             s.adapters
@@ -409,7 +411,9 @@ impl Executor {
             if let Some(gain) = &layer.feed_forward_post_norm {
                 norm_in_place(&mut s.projected, &mut s.copy, gain, config.norm_eps);
             }
-            add(&mut s.hidden, &s.projected);
+            for_rows(pool, &mut s.hidden, hidden, |row, x| {
+                add(x, &s.projected[row * hidden..(row + 1) * hidden])
+            });
         }
 
         let wanted: Vec<usize> = (0..rows).filter(|row| batch.rows[*row].logits).collect();
@@ -422,7 +426,7 @@ impl Executor {
             let normed = &mut s.normed[..some.len() * hidden];
             rms_norm(normed, &mut s.inverse[..some.len()], last, final_norm, config.norm_eps);
             s.logits.resize(some.len() * config.vocab_size, 0.0);
-            let input = s.rows.input(pool, *isa, normed, hidden, &[head]);
+            let input = s.rows.input(pool, *isa, normed, hidden, &[head], |_, _| ());
             matmul(pool, *isa, input, &mut [(&**head, s.logits.as_mut_slice())]);
             if let Some(cap) = config.variant.logit_soft_cap {
                 soft_cap(&mut s.logits, cap);
@@ -436,10 +440,20 @@ impl Executor {
 }
 
 impl Rows {
-    /// The input as the matrices that it goes to need it.
-    fn input(&mut self, pool: &Pool, isa: Isa, values: &mut [f32], columns: usize, matrices: &[&Matrix]) -> Input<'_> {
+    /// The input as the matrices that it goes to need it: each row of `values` is made by `make` and stays there as floats.
+    fn input(
+        &mut self,
+        pool: &Pool,
+        isa: Isa,
+        values: &mut [f32],
+        columns: usize,
+        matrices: &[&Matrix],
+        make: impl Fn(usize, &mut [f32]) + Sync,
+    ) -> Input<'_> {
         if matrices.iter().any(|matrix| matrix.format().is_quantized()) {
-            self.quantized.fill(pool, isa, columns, values, |_, _| ());
+            self.quantized.fill(pool, isa, columns, values, make);
+        } else {
+            for_rows(pool, values, columns, make);
         }
         if matrices.iter().any(|matrix| !matrix.format().is_quantized()) {
             self.floats.fill(pool, columns, values);
@@ -460,11 +474,12 @@ fn norm_in_place(values: &mut [f32], copy: &mut Vec<f32>, gain: &[f32], eps: f32
     rms_norm(values, inverse, read, gain, eps);
 }
 
-pub(super) fn add(to: &mut [f32], values: &[f32]) {
-    to.iter_mut().zip(values).for_each(|(to, value)| *to += value);
-}
-
-fn matrix(arena: &Arena, weights: &dyn Weights, name: &str, precision: Precision) -> Result<Matrix, ModelError> {
+pub(super) fn matrix(
+    arena: &Arena,
+    weights: &dyn Weights,
+    name: &str,
+    precision: Precision,
+) -> Result<Matrix, ModelError> {
     let raw = weights.raw(name)?;
     let (rows, columns) = (raw.shape[0], raw.shape[1]);
     let format = match raw.dtype {

@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::cache::{KvLayer, KvLayout, Store};
-use super::part::{Queries, Scores, runs};
+use super::part::{LANES, Queries, Scores, runs};
 use super::{PART, QUERIES};
 
 /// How far ahead of their use keys are fetched.
@@ -259,4 +259,53 @@ unsafe fn mix_of<N: Number, const Q: usize>(
             }
         }
     }
+}
+
+/// See [`super::part`]'s function of this name.
+///
+/// # Safety
+/// The processor has AVX-512 F.
+#[target_feature(enable = "avx2,fma,avx512f")]
+pub(super) unsafe fn softmax(scores: &mut [f32; PART], start: usize, end: usize) -> (f32, f32) {
+    // Lanes of chunk `index` whose tokens count.
+    let inside = |index: usize| {
+        let below = |token: usize| mask(token.saturating_sub(index * LANES));
+        below(end) & !below(start)
+    };
+    let lowest = _mm512_set1_ps(f32::NEG_INFINITY);
+    let mut largest = lowest;
+    for (index, scores) in scores.as_chunks::<LANES>().0.iter().enumerate() {
+        // SAFETY: a chunk has 16 floats.
+        largest = _mm512_max_ps(largest, unsafe {
+            _mm512_mask_loadu_ps(lowest, inside(index), scores.as_ptr())
+        });
+    }
+    let largest = _mm512_reduce_max_ps(largest);
+    let mut sums = _mm512_setzero_ps();
+    for (index, scores) in scores.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+        // SAFETY: a chunk has 16 floats.
+        unsafe {
+            let score = _mm512_sub_ps(_mm512_loadu_ps(scores.as_ptr()), _mm512_set1_ps(largest));
+            let weight = _mm512_maskz_mov_ps(inside(index), exp(score));
+            _mm512_storeu_ps(scores.as_mut_ptr(), weight);
+            sums = _mm512_add_ps(sums, weight);
+        }
+    }
+    (largest, _mm512_reduce_add_ps(sums))
+}
+
+/// e^x for x up to 0, as [`crate::ops::exp`] computes it.
+#[inline]
+#[target_feature(enable = "avx2,fma,avx512f")]
+fn exp(x: __m512) -> __m512 {
+    let x = _mm512_max_ps(x, _mm512_set1_ps(-87.3));
+    let n = _mm512_roundscale_ps::<0>(_mm512_mul_ps(x, _mm512_set1_ps(std::f32::consts::LOG2_E)));
+    let r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693_359_4), x);
+    let r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.121_944_4e-4), r);
+    let mut p = _mm512_set1_ps(1.987_569_2e-4);
+    for coefficient in [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
+        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(coefficient));
+    }
+    let mantissa = _mm512_add_ps(_mm512_fmadd_ps(_mm512_mul_ps(p, r), r, r), _mm512_set1_ps(1.0));
+    _mm512_scalef_ps(mantissa, n)
 }

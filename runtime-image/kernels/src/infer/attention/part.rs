@@ -132,6 +132,12 @@ pub(super) fn compute(
             continue;
         }
         shape(&mut scores[tokens.clone()], scoring);
+        #[cfg(target_arch = "x86_64")]
+        if wide {
+            // SAFETY: the processor has AVX-512.
+            (out.largest[i], out.sums[i]) = unsafe { super::avx512::softmax(scores, tokens.start, tokens.end) };
+            continue;
+        }
         (out.largest[i], out.sums[i]) = softmax(scores, tokens.start, tokens.end);
     }
     #[cfg(target_arch = "x86_64")]
