@@ -11,6 +11,7 @@ pub mod encoder;
 pub mod executor;
 mod forward;
 mod pace;
+mod rules;
 mod run;
 mod sample;
 mod score;

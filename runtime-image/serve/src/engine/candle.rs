@@ -10,10 +10,11 @@ use candle_core::quantized::{GgmlDType, QMatMul, QStorage, QTensor};
 use candle_core::{D, DType, Device, Module, Result, Tensor};
 use strata_kernels::infer::{KvDtype, Scoring};
 use strata_model::{
-    Activation, Dtype, EMBEDDING, FINAL_NORM, HEAD, ModelConfig, RopeScaling, Weights, feed_forward_norm, layer_name,
+    Activation, Dtype, EMBEDDING, FINAL_NORM, HEAD, ModelConfig, Weights, feed_forward_norm, layer_name,
 };
 
 use super::executor::Batch;
+use super::rules;
 use crate::error::ServeError;
 use attention::{MOST_HEAD_DIM, PagedAttention};
 
@@ -284,12 +285,12 @@ impl Loader<'_> {
         positions: usize,
     ) -> std::result::Result<CandleExecutor, ServeError> {
         let (config, device) = (self.config, self.device);
-        let (spec, variant) = (config.family.spec(), &config.variant);
+        let spec = config.family.spec();
         let mut layers = Vec::with_capacity(config.layers);
         for layer in 0..config.layers {
             let name = |part: &str| layer_name(layer, part);
             let bias = |part: &str| format!("model.layers.{layer}.self_attn.{part}.bias");
-            let window = config.window_of(layer);
+            let (scoring, rope) = rules::scoring(config, layer);
             let shape = (blocks * block_tokens, config.kv_heads * config.head_dim);
             let cache = || Tensor::zeros(shape, kv, device).map_err(failed);
             layers.push(Layer {
@@ -309,12 +310,8 @@ impl Loader<'_> {
                     ]),
                     false => None,
                 },
-                scoring: Scoring {
-                    scale: 1.0 / variant.query_scale.unwrap_or(config.head_dim as f32).sqrt(),
-                    soft_cap: variant.attention_soft_cap,
-                    window,
-                },
-                rope: usize::from(window.and(variant.local_rope_theta).is_some()),
+                scoring,
+                rope,
                 attention_post_norm: match spec.post_norms {
                     true => Some(self.gain(&name("post_attention_layernorm"))?),
                     false => None,
@@ -339,13 +336,7 @@ impl Loader<'_> {
         }
         let embedding = self.floats(EMBEDDING)?;
         let head = self.matrix(if config.tie_embeddings { EMBEDDING } else { HEAD })?;
-        let ropes = [
-            (&variant.rope, Some(config.rope_theta)),
-            (&RopeScaling::None, variant.local_rope_theta),
-        ];
-        let ropes = ropes
-            .into_iter()
-            .filter_map(|(scaling, theta)| Some(scaling.frequencies(theta?, config.rotary_dim(), positions)))
+        let ropes = rules::rotations(config, positions)
             .map(|(frequencies, scale)| {
                 let angles = (0..positions).flat_map(|position| frequencies.iter().map(move |f| position as f64 * f));
                 let (cos, sin): (Vec<f32>, Vec<f32>) = angles

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::adapter::{Adapter, Adapters, Target};
+use super::rules;
 use strata_kernels::arena::Arena;
 use strata_kernels::cpu::{Isa, isa};
 use strata_kernels::infer::{
@@ -14,8 +15,7 @@ use strata_kernels::ops::rms_norm::rms_norm;
 use strata_kernels::ops::rope::{RopeTable, Turn, rope};
 use strata_kernels::pool::{self, Pool};
 use strata_model::{
-    Activation, Dtype, EMBEDDING, FINAL_NORM, HEAD, ModelConfig, ModelError, RopeScaling, Weights, feed_forward_norm,
-    layer_name,
+    Activation, Dtype, EMBEDDING, FINAL_NORM, HEAD, ModelConfig, ModelError, Weights, feed_forward_norm, layer_name,
 };
 
 /// Rows of logits computed at once: bounds their memory whatever the batch.
@@ -148,7 +148,7 @@ impl Executor {
     ) -> Result<Self, ModelError> {
         let arena = Arena::default();
         let load = |name: &str| matrix(&arena, weights, name, precision);
-        let (spec, variant) = (config.family.spec(), &config.variant);
+        let spec = config.family.spec();
         let gain = |name: &str| -> Result<Vec<f32>, ModelError> {
             let mut gain = weights.f32(name)?;
             if spec.norm_offset != 0.0 {
@@ -162,7 +162,7 @@ impl Executor {
                 let gain = |part: &str| gain(&layer_name(layer, part));
                 let bias = |part: &str| weights.f32(&format!("model.layers.{layer}.{part}.bias"));
                 let post = |part: &str| spec.post_norms.then(|| gain(part)).transpose();
-                let window = config.window_of(layer);
+                let (scoring, rope) = rules::scoring(config, layer);
                 Ok(Layer {
                     attention_norm: gain("input_layernorm")?,
                     biases: match spec.qkv_bias {
@@ -177,12 +177,8 @@ impl Executor {
                         true => Some([gain("self_attn.q_norm")?, gain("self_attn.k_norm")?]),
                         false => None,
                     },
-                    scoring: Scoring {
-                        scale: 1.0 / variant.query_scale.unwrap_or(config.head_dim as f32).sqrt(),
-                        soft_cap: variant.attention_soft_cap,
-                        window,
-                    },
-                    rope: usize::from(window.and(variant.local_rope_theta).is_some()),
+                    scoring,
+                    rope,
                     attention_post_norm: post("post_attention_layernorm")?,
                     feed_forward_post_norm: post("post_feedforward_layernorm")?,
                     queries: load("self_attn.q_proj")?,
@@ -211,14 +207,11 @@ impl Executor {
             layers,
             final_norm,
             head,
-            ropes: [
-                (&variant.rope, Some(config.rope_theta)),
-                (&RopeScaling::None, variant.local_rope_theta),
-            ]
-            .into_iter()
-            .filter_map(|(scaling, theta)| Some(scaling.frequencies(theta?, config.rotary_dim(), positions)))
-            .map(|(frequencies, scale)| RopeTable::from_frequencies(positions, config.head_dim, &frequencies, scale))
-            .collect(),
+            ropes: rules::rotations(config, positions)
+                .map(|(frequencies, scale)| {
+                    RopeTable::from_frequencies(positions, config.head_dim, &frequencies, scale)
+                })
+                .collect(),
             cache: (0..config.layers).map(|_| KvLayer::new(layout, blocks)).collect(),
             block_tokens,
             config: config.clone(),
