@@ -8,6 +8,7 @@
 //! [`alignment`], [`inference`]) and what all runs share ([`run`]) are pure functions; [`workload`] builds objects.
 
 pub mod alignment;
+pub mod autoscale;
 pub mod dataset;
 pub mod engine;
 #[cfg(test)]

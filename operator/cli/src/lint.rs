@@ -1,33 +1,23 @@
-//! `strata`: what a user runs beside kubectl. Today: `strata lint`.
+//! `strata lint`: manifests judged offline, with the server's words.
 
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::{fs, io};
 
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::ValueEnum;
 use serde::Serialize;
 use strata_lint::{Finding, INPUT_LIMIT_BYTES, Severity, lint};
 
-/// Tools for Strata's manifests.
-#[derive(Parser)]
-#[command(name = "strata", version)]
-struct Arguments {
-    #[command(subcommand)]
-    command: Command,
-}
-
-#[derive(Subcommand)]
-enum Command {
-    /// Judges manifests as the API server would, without one. Exits 1 if it would refuse any, 2 if one cannot be read.
-    Lint {
-        /// File, folder (its .yaml, .yml and .json files, at any depth) or - for standard input; can be repeated.
-        #[arg(short = 'f', long = "filename", required = true)]
-        files: Vec<PathBuf>,
-        /// How findings are written.
-        #[arg(short, long, value_enum, default_value = "text")]
-        output: Output,
-    },
+/// What to judge, and how to say it.
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// File, folder (its .yaml, .yml and .json files, at any depth) or - for standard input; can be repeated.
+    #[arg(short = 'f', long = "filename", required = true)]
+    files: Vec<PathBuf>,
+    /// How findings are written.
+    #[arg(short, long, value_enum, default_value = "text")]
+    output: Output,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -46,9 +36,9 @@ struct Located<'a> {
     finding: &'a Finding,
 }
 
-fn main() -> ExitCode {
-    let Command::Lint { files, output } = Arguments::parse().command;
-    match run(&files, output, &mut io::stdout().lock()) {
+/// Exit status 0 if the server would accept all, 1 if it would refuse any, 2 if a file cannot be read.
+pub fn run(arguments: &Arguments) -> ExitCode {
+    match judge(&arguments.files, arguments.output, &mut io::stdout().lock()) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::from(1),
         Err(error) => {
@@ -59,7 +49,7 @@ fn main() -> ExitCode {
 }
 
 /// Judges `files` and writes what there is to say; whether the server would accept all of them.
-fn run(files: &[PathBuf], output: Output, out: &mut impl Write) -> io::Result<bool> {
+fn judge(files: &[PathBuf], output: Output, out: &mut impl Write) -> io::Result<bool> {
     let mut judged = Vec::new();
     for file in files {
         for file in expand(file)? {
@@ -129,11 +119,11 @@ mod tests {
         fs::write(folder.path().join("README.md"), "not a manifest").expect("a file");
         let files = [folder.path().to_owned()];
         let mut out = Vec::new();
-        assert!(run(&files, Output::Text, &mut out).expect("readable"));
+        assert!(judge(&files, Output::Text, &mut out).expect("readable"));
         assert!(out.is_empty());
 
         fs::write(folder.path().join("bad.yml"), good.replace("uri", "url")).expect("a file");
-        assert!(!run(&files, Output::Json, &mut out).expect("readable"));
+        assert!(!judge(&files, Output::Json, &mut out).expect("readable"));
         let findings: serde_json::Value = serde_json::from_slice(&out).expect("JSON");
         assert_eq!(findings[0]["object"], "InferenceService/a");
         assert!(
