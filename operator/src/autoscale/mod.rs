@@ -12,6 +12,9 @@
 
 use std::collections::BTreeMap;
 
+pub mod metrics;
+pub mod scrape;
+
 /// What one pod did in the time between two scrapes, and how it stands now. Absent means that the pod did not say so,
 /// which is not zero.
 #[derive(Clone, Debug, Default, PartialEq)]

@@ -35,7 +35,7 @@ const CONCURRENCY: u16 = 4;
 const QUEUE: usize = 1024;
 
 /// Where wake-ups go, by kind.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct Wake(Arc<HashMap<ResourceKind, Sender<Key>>>);
 
 /// The ends of [`Wake`].
@@ -53,7 +53,8 @@ impl Wake {
         (Self(Arc::new(senders)), receivers)
     }
 
-    async fn wake(&self, key: Key) {
+    /// Has the resource looked at.
+    pub async fn wake(&self, key: Key) {
         if let Some(sender) = self.0.get(&key.kind) {
             // A closed queue is a kind that has stopped: nothing is to be woken.
             let _ = sender.send(key).await;
