@@ -1,0 +1,473 @@
+//! How many replicas: one pure function of the settings, of what was seen before, of the pods, and of the time.
+//!
+//! - **Up** at once, to what the load will need when a pod that is made now is ready: its level, its trend over the measured
+//!   cold start, and its noise. Pods that start count as capacity that comes.
+//! - **Down** only to what the load needed at its highest in a whole window, with a tenth to spare, and not within a window after
+//!   any change: in no window is there an up and then a down, so it cannot flap.
+//! - **Missing is not zero.** A silent pod is counted neither as idle nor as full: it keeps its place, nothing is scaled down
+//!   while one is silent, and what is needed is seen from the others.
+//! - After a restart, or a time without decisions, nothing is scaled down for one window: what was before is not known.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::demand::{Driver, Learned, Measured, Queue, measure};
+use super::{Fleet, Replica};
+
+/// Cold start of a pod that is not measured yet, in seconds.
+const COLD_START_SECONDS: f64 = 120.0;
+/// Shortest and longest window, in seconds; between them it is twice the cold start.
+const WINDOW_SECONDS: (f64, f64) = (120.0, 600.0);
+/// Time over which level and trend are taken, in seconds.
+const TREND_SECONDS: i64 = 120;
+/// Samples that a trend needs.
+const FEWEST_SAMPLES: f64 = 5.0;
+/// How many standard deviations of its noise the load may be above its trend.
+const NOISE_DEVIATIONS: f64 = 1.5;
+/// Share that must be to spare after a scale-down.
+const SPARE: f64 = 0.1;
+/// A need this little above whole replicas is not worth one more.
+const NEGLIGIBLE: f64 = 0.02;
+/// Without a decision for that long, what was before does not count, in seconds.
+const GAP_SECONDS: i64 = 120;
+/// Most samples that are kept.
+const SAMPLES: usize = 128;
+/// Most starting pods whose time is taken.
+const STARTING: usize = 16;
+
+/// What is wanted, checked: it cannot be wrong.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Settings {
+    min: u32,
+    max: u32,
+    budget: Option<Budget>,
+    targets: Targets,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Budget {
+    accelerators: u32,
+    per_replica: u32,
+}
+
+/// What is aimed at; absent is not aimed at.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Targets {
+    /// Share of the KV-cache that is held, 0 to 1.
+    pub kv_cache_utilization: Option<f64>,
+    /// Requests that wait, per replica.
+    pub waiting_requests: Option<f64>,
+    /// 95th percentile of the time to the first token, in seconds.
+    pub time_to_first_token_p95_seconds: Option<f64>,
+    /// 95th percentile of the time between two tokens, in seconds.
+    pub inter_token_latency_p95_seconds: Option<f64>,
+}
+
+/// Why settings are none.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum SettingsError {
+    /// Nothing would wake it up again.
+    #[error("minReplicas is 0: write at least 1, as nothing would hold requests while a pod starts")]
+    MinIsZero,
+    /// No number is in between.
+    #[error("maxReplicas ({max}) is below minReplicas ({min}): raise it")]
+    MaxBelowMin {
+        /// The least.
+        min: u32,
+        /// The most.
+        max: u32,
+    },
+    /// The least is beyond the budget.
+    #[error(
+        "minReplicas ({min}) with {per_replica} accelerators each is over maxAccelerators ({accelerators}): raise it, or lower \
+         minReplicas"
+    )]
+    BudgetBelowMin {
+        /// The least.
+        min: u32,
+        /// Accelerators of a replica.
+        per_replica: u32,
+        /// The budget.
+        accelerators: u32,
+    },
+    /// A target that no load could keep, or that any load does.
+    #[error("{name} is {value}: write {instead}")]
+    Target {
+        /// The target.
+        name: &'static str,
+        /// What it is.
+        value: f64,
+        /// What it can be.
+        instead: &'static str,
+    },
+}
+
+impl Settings {
+    /// Checks bounds and targets. `budget` is (accelerators in all, accelerators of a replica); replicas without any cost none
+    /// of it.
+    pub fn new(min: u32, max: u32, budget: Option<(u32, u32)>, targets: Targets) -> Result<Self, SettingsError> {
+        let budget = budget
+            .filter(|(_, per_replica)| *per_replica > 0)
+            .map(|(accelerators, per_replica)| Budget {
+                accelerators,
+                per_replica,
+            });
+        if min == 0 {
+            return Err(SettingsError::MinIsZero);
+        }
+        if max < min {
+            return Err(SettingsError::MaxBelowMin { min, max });
+        }
+        if let Some(Budget {
+            accelerators,
+            per_replica,
+        }) = budget
+            && accelerators / per_replica < min
+        {
+            return Err(SettingsError::BudgetBelowMin {
+                min,
+                per_replica,
+                accelerators,
+            });
+        }
+        let bounds: [(&'static str, Option<f64>, f64, &'static str); 4] = [
+            (
+                "kvCacheUtilizationPercent",
+                targets.kv_cache_utilization,
+                1.0,
+                "1 to 100",
+            ),
+            ("waitingRequests", targets.waiting_requests, 1e6, "at least 1"),
+            (
+                "timeToFirstTokenP95",
+                targets.time_to_first_token_p95_seconds,
+                3600.0,
+                "more than 0 and at most an hour",
+            ),
+            (
+                "interTokenLatencyP95",
+                targets.inter_token_latency_p95_seconds,
+                3600.0,
+                "more than 0 and at most an hour",
+            ),
+        ];
+        for (name, value, most, instead) in bounds {
+            if let Some(value) = value.filter(|value| !(*value > 0.0 && *value <= most)) {
+                return Err(SettingsError::Target { name, value, instead });
+            }
+        }
+        Ok(Self {
+            min,
+            max,
+            budget,
+            targets,
+        })
+    }
+
+    /// The most that there may be: by the bound, and by the budget.
+    pub fn most(&self) -> u32 {
+        let affordable = self
+            .budget
+            .map_or(u32::MAX, |budget| budget.accelerators / budget.per_replica);
+        self.max.min(affordable)
+    }
+
+    /// The targets.
+    pub fn targets(&self) -> &Targets {
+        &self.targets
+    }
+}
+
+/// What the next decision needs of the ones before. `Default` before the first one.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Memory {
+    /// What was decided last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replicas: Option<u32>,
+    /// When the number was last changed, in seconds since the epoch.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub changed_at: Option<i64>,
+    /// What was learned of a replica.
+    #[serde(default)]
+    pub learned: Learned,
+    /// What is of no use after a restart; not written.
+    #[serde(skip)]
+    pub recent: Recent,
+}
+
+/// What was seen since the operator runs.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Recent {
+    since: Option<i64>,
+    seen_at: Option<i64>,
+    samples: Vec<Sample>,
+    queue: Option<Queue>,
+    starting: BTreeMap<String, i64>,
+}
+
+/// What the load needed at a moment, in replicas.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Sample {
+    at: i64,
+    need: f64,
+    answering: u32,
+}
+
+/// Why the number is what it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cause {
+    /// The load needs this many.
+    LoadRose,
+    /// It needed fewer for a whole window.
+    LoadFell,
+    /// The number is right.
+    Steady,
+    /// Fewer would do now; it is waited whether that lasts.
+    Stabilizing,
+    /// More are needed than there may be.
+    AtMaximum,
+    /// More are needed than the budget of accelerators allows.
+    OverBudget,
+    /// It was outside of the bounds.
+    OutOfBounds,
+    /// Pods do not say what is needed.
+    MetricsMissing,
+}
+
+impl Cause {
+    /// The word for history and labels.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::LoadRose => "LoadRose",
+            Self::LoadFell => "LoadFell",
+            Self::Steady => "Steady",
+            Self::Stabilizing => "Stabilizing",
+            Self::AtMaximum => "AtMaximum",
+            Self::OverBudget => "OverBudget",
+            Self::OutOfBounds => "OutOfBounds",
+            Self::MetricsMissing => "MetricsMissing",
+        }
+    }
+}
+
+/// What is decided.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Decision {
+    /// Wanted replicas.
+    pub replicas: u32,
+    /// What they were before.
+    pub before: u32,
+    /// Why.
+    pub cause: Cause,
+    /// Why, with the numbers, for a person.
+    pub message: String,
+    /// For the next decision.
+    pub memory: Memory,
+    /// What it rests on.
+    pub measured: Measured,
+}
+
+/// Decides. It is called at a steady pace, such as every 15 seconds, with what was scraped just before.
+pub fn decide(settings: &Settings, memory: &Memory, fleet: &Fleet, now_seconds: i64) -> Decision {
+    let mut memory = memory.clone();
+    let before = memory.replicas.unwrap_or(fleet.len() as u32);
+    let gap = memory
+        .recent
+        .seen_at
+        .is_none_or(|at| now_seconds.saturating_sub(at) > GAP_SECONDS || at > now_seconds);
+    if gap {
+        memory.recent = Recent {
+            since: Some(now_seconds),
+            ..Recent::default()
+        };
+    }
+    memory.recent.seen_at = Some(now_seconds);
+    time_cold_starts(&mut memory, fleet, now_seconds);
+    let queue = memory.recent.queue;
+    let (measured, queue) = measure(&settings.targets, &mut memory.learned, queue, fleet);
+    memory.recent.queue = queue;
+    let window = window_seconds(&memory.learned);
+    if let Some(need) = measured.need {
+        let samples = &mut memory.recent.samples;
+        samples.push(Sample {
+            at: now_seconds,
+            need,
+            answering: measured.answering,
+        });
+        samples.retain(|sample| now_seconds - sample.at <= window.max(TREND_SECONDS));
+        let excess = samples.len().saturating_sub(SAMPLES);
+        samples.drain(..excess);
+    }
+    let (replicas, cause, why) = choose(settings, &memory, &measured, before, now_seconds);
+    if replicas != before || memory.replicas.is_none() {
+        memory.changed_at = (replicas != before).then_some(now_seconds).or(memory.changed_at);
+    }
+    memory.replicas = Some(replicas);
+    Decision {
+        replicas,
+        before,
+        cause,
+        message: format!("{why}; {}", figures(&measured)),
+        memory,
+        measured,
+    }
+}
+
+fn choose(settings: &Settings, memory: &Memory, measured: &Measured, before: u32, now: i64) -> (u32, Cause, String) {
+    let bounded = before.clamp(settings.min, settings.most());
+    if bounded != before {
+        let (min, most) = (settings.min, settings.most());
+        let why = format!("{before} replicas are outside of {min} to {most}");
+        return (bounded, Cause::OutOfBounds, why);
+    }
+    let samples = &memory.recent.samples;
+    let (Some(_), Some(forecast)) = (measured.need, forecast(samples, &memory.learned, now)) else {
+        let silent = measured.silent;
+        let why = match measured.answering {
+            0 if silent == 0 => "no pod is ready yet".to_owned(),
+            0 => format!("none of {silent} ready pods says what is needed"),
+            answering => format!("the metrics of {answering} pods do not say how busy they are"),
+        };
+        return (before, Cause::MetricsMissing, why);
+    };
+    // A silent pod keeps its place: what it does is not known.
+    let wanted = whole(forecast).saturating_add(measured.silent);
+    if wanted > before {
+        let most = settings.most();
+        let horizon = horizon_seconds(&memory.learned);
+        let by = measured.driver.map_or("the load", of);
+        let why = format!("in {horizon:.0} s {by} needs {wanted} replicas");
+        return match wanted.min(most) {
+            replicas if replicas > before && replicas == wanted => (replicas, Cause::LoadRose, why),
+            replicas if replicas > before => (replicas, Cause::LoadRose, format!("{why}, and {most} is the most")),
+            _ if most < settings.max => (
+                before,
+                Cause::OverBudget,
+                format!("{why}, and the budget of accelerators allows {most}"),
+            ),
+            _ => (before, Cause::AtMaximum, format!("{why}, and maxReplicas is {most}")),
+        };
+    }
+    let highest = samples.iter().map(|sample| sample.need).fold(forecast, f64::max);
+    let enough = whole(highest / (1.0 - SPARE)).max(settings.min);
+    if enough >= before {
+        return (before, Cause::Steady, format!("{before} replicas are right"));
+    }
+    if measured.silent > 0 {
+        let why = format!(
+            "{enough} replicas would do, but {} ready pods are silent",
+            measured.silent
+        );
+        return (before, Cause::MetricsMissing, why);
+    }
+    let window = window_seconds(&memory.learned);
+    let since = memory.changed_at.max(memory.recent.since).unwrap_or(now);
+    if now - since < window {
+        let left = window - (now - since);
+        let why = format!("{enough} replicas would do; after another {left} s of that they will be fewer");
+        return (before, Cause::Stabilizing, why);
+    }
+    let why = format!("for {window} s no more than {enough} replicas were needed");
+    (enough, Cause::LoadFell, why)
+}
+
+/// Level, trend over the cold start, and noise. Only of samples of as many pods as now: what full pods show of a load is less
+/// than the load, so that it seems to rise when another one becomes ready.
+fn forecast(samples: &[Sample], learned: &Learned, now: i64) -> Option<f64> {
+    let last = samples.last()?;
+    let recent: Vec<(f64, f64)> = (samples.iter().rev())
+        .take_while(|sample| now - sample.at <= TREND_SECONDS && sample.answering == last.answering)
+        .map(|sample| ((sample.at - now) as f64, sample.need))
+        .collect();
+    let last = last.need;
+    let count = recent.len() as f64;
+    if count < FEWEST_SAMPLES {
+        return Some(last);
+    }
+    let mean = |of: &dyn Fn(&(f64, f64)) -> f64| recent.iter().map(of).sum::<f64>() / count;
+    let (at, need) = (mean(&|sample| sample.0), mean(&|sample| sample.1));
+    let spread = mean(&|sample| (sample.0 - at).powi(2));
+    let slope = mean(&|sample| (sample.0 - at) * (sample.1 - need)) / spread.max(1.0);
+    let noise = mean(&|sample| (sample.1 - need - slope * (sample.0 - at)).powi(2)).sqrt();
+    // A slope within the noise is none.
+    let slope = if slope.abs() * spread.sqrt() > noise {
+        slope
+    } else {
+        0.0
+    };
+    let level = need - slope * at;
+    Some((level + slope.max(0.0) * horizon_seconds(learned) + NOISE_DEVIATIONS * noise / count.sqrt()).max(0.0))
+}
+
+fn whole(need: f64) -> u32 {
+    (need - NEGLIGIBLE).ceil().clamp(0.0, f64::from(u32::MAX / 2)) as u32
+}
+
+fn horizon_seconds(learned: &Learned) -> f64 {
+    learned.cold_start_seconds.unwrap_or(COLD_START_SECONDS)
+}
+
+/// Time that a lower load must last before replicas become fewer, in seconds.
+fn window_seconds(learned: &Learned) -> i64 {
+    (2.0 * horizon_seconds(learned)).clamp(WINDOW_SECONDS.0, WINDOW_SECONDS.1) as i64
+}
+
+/// Takes the time of pods that start; a longer one counts at once, a shorter one slowly.
+fn time_cold_starts(memory: &mut Memory, fleet: &Fleet, now: i64) {
+    let Memory { recent, learned, .. } = memory;
+    recent.starting.retain(|name, made_at| match fleet.get(name) {
+        Some(Replica::Starting) => true,
+        Some(_) => {
+            let seconds = (now - *made_at).max(1) as f64;
+            let before = learned.cold_start_seconds.unwrap_or(seconds);
+            learned.cold_start_seconds = Some(seconds.max(before + 0.2 * (seconds - before)));
+            false
+        }
+        None => false,
+    });
+    // Pods that were there at the first look are of an unknown age.
+    if recent.since == Some(now) {
+        return;
+    }
+    for (name, replica) in fleet {
+        if *replica == Replica::Starting && recent.starting.len() < STARTING {
+            recent.starting.entry(name.clone()).or_insert(now);
+        }
+    }
+}
+
+fn of(driver: Driver) -> &'static str {
+    match driver {
+        Driver::Throughput => "the rate of tokens",
+        Driver::KvCache => "the KV-cache",
+        Driver::Waiting => "the queue",
+        Driver::TimeToFirstToken => "the time to the first token",
+        Driver::InterTokenLatency => "the time between tokens",
+    }
+}
+
+/// The numbers of a message.
+fn figures(measured: &Measured) -> String {
+    let percent = |share: f64| format!("{:.0} %", share * 100.0);
+    let seconds = |value: f64| format!("{value:.2} s");
+    let parts = [
+        Some(format!("{} answer", measured.answering)),
+        (measured.silent > 0).then(|| format!("{} silent", measured.silent)),
+        measured.need.map(|need| format!("need now {need:.2}")),
+        measured.busy.map(|busy| format!("busy {}", percent(busy))),
+        measured.busy_limit.map(|limit| format!("at most {}", percent(limit))),
+        measured
+            .kv_cache_utilization
+            .map(|share| format!("KV-cache {}", percent(share))),
+        measured.waiting.map(|waiting| format!("waiting {waiting:.0}")),
+        measured
+            .time_to_first_token_p95
+            .map(|value| format!("first token p95 {}", seconds(value))),
+        measured
+            .inter_token_latency_p95
+            .map(|value| format!("between tokens p95 {value:.3} s")),
+    ];
+    parts.into_iter().flatten().collect::<Vec<_>>().join(", ")
+}
