@@ -1,7 +1,7 @@
 //! From what is wanted to what the server answered: deletions first, then new objects, then what is kept in shape.
 //!
-//! Jobs and their ConfigMaps are created once and never changed, but for `suspend`. Deployment and Service are applied
-//! whole, by one field manager, and only if they differ.
+//! Jobs and their ConfigMaps are created once and never changed, but for `suspend`. Deployment, Service and
+//! PodDisruptionBudget are applied whole, by one field manager, and only if they differ.
 
 use std::fmt::Debug;
 
@@ -18,7 +18,7 @@ use strata_api::Reason;
 use strata_contract::hash_canonical;
 
 use super::gather::is_owned_by;
-use super::kind::{Applied, JobRef, Observed, Planned};
+use super::kind::{Applied, JobRef, Observed, Planned, Wanted};
 use super::reconcile::Error;
 use super::same;
 use crate::workload::labels;
@@ -82,6 +82,13 @@ async fn apply_serving(
     }
     if let Some(service) = planned.service {
         applied.service = Some(apply_whole(client, owner, service, observed.service.as_ref()).await?);
+    }
+    match planned.budget {
+        Wanted::AsItIs => {}
+        Wanted::There(budget) => {
+            applied.budget = Some(apply_whole(client, owner, budget, observed.budget.as_ref()).await?);
+        }
+        Wanted::Gone => prune(client, owner, observed.budget.as_ref()).await?,
     }
     Ok(())
 }
@@ -229,6 +236,25 @@ where
         Err(kube::Error::Api(status)) if status.code == 409 => Ok(Some(api.get(&wanted.name_any()).await?)),
         Err(error) => Err(error.into()),
     }
+}
+
+/// Deletes an object that is not wanted any more, if it is ours.
+async fn prune<K>(client: &Client, owner: &Owner<'_>, there: Option<&K>) -> Result<(), Error>
+where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + DeserializeOwned + Debug,
+{
+    let ours = |there: &&K| is_owned_by(*there, owner.uid) && there.meta().deletion_timestamp.is_none();
+    let Some(there) = there.filter(ours) else {
+        return Ok(());
+    };
+    tracing::info!(kind = %K::kind(&()), name = there.name_any(), "pruning");
+    let params = delete_params(there.uid(), PropagationPolicy::Background);
+    gone(
+        api::<K>(client, owner)
+            .delete(&there.name_any(), &params)
+            .await
+            .map(drop),
+    )
 }
 
 /// Server-side apply of a whole object, if it is not yet as wanted.

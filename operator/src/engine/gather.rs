@@ -37,9 +37,15 @@ pub async fn gather<K: Kind>(client: &Client, resource: &K, poller: &Poller) -> 
     jobs.retain(|job| is_owned_by(job, &uid));
     let pods = Api::namespaced(client.clone(), &namespace).list(&ours).await?.items;
     let (mut deployment, mut service) = (None, None);
+    let (mut budget, mut budgets) = (None, Vec::new());
     if K::SERVES {
         deployment = Api::namespaced(client.clone(), &namespace).get_opt(&name).await?;
         service = Api::namespaced(client.clone(), &namespace).get_opt(&name).await?;
+    }
+    if deployment.is_some() {
+        let all = Api::namespaced(client.clone(), &namespace);
+        budget = all.get_opt(&name).await?;
+        budgets = all.list(&ListParams::default().labels(&not_ours())).await?.items;
     }
     let running = jobs
         .iter()
@@ -58,9 +64,16 @@ pub async fn gather<K: Kind>(client: &Client, resource: &K, poller: &Poller) -> 
         pods,
         deployment,
         service,
+        budget,
+        budgets,
         progress,
         refused: Refused::default(),
     })
+}
+
+/// Selects the objects that belong to no InferenceService.
+fn not_ours() -> String {
+    format!("{}!={}", labels::KIND, ResourceKind::InferenceService.name())
 }
 
 /// Whether the resource with this UID owns `object`.

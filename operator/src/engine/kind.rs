@@ -10,6 +10,7 @@ use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, Service};
+use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
 use kube::Resource;
@@ -120,6 +121,10 @@ pub struct Observed {
     pub deployment: Option<Deployment>,
     /// The resource's Service.
     pub service: Option<Service>,
+    /// The object in the place of the resource's PodDisruptionBudget. It is looked for once there is a Deployment.
+    pub budget: Option<PodDisruptionBudget>,
+    /// The budgets of the namespace that are not Strata's. They too are looked for once there is a Deployment.
+    pub budgets: Vec<PodDisruptionBudget>,
     /// What running pods said about their progress, by UID of the pod.
     pub progress: BTreeMap<String, Progress>,
     /// What the server did not take of what was planned.
@@ -131,7 +136,7 @@ pub struct Observed {
 pub struct Refused {
     /// For the run: Jobs and their ConfigMaps.
     pub run: Option<(Reason, String)>,
-    /// For serving: Deployment and Service.
+    /// For serving: Deployment, Service and PodDisruptionBudget.
     pub serving: Option<(Reason, String)>,
 }
 
@@ -148,6 +153,20 @@ pub struct Planned {
     pub deployment: Option<Deployment>,
     /// The address of the serving pods.
     pub service: Option<Service>,
+    /// How many of the serving pods a drain may take at once.
+    pub budget: Wanted<PodDisruptionBudget>,
+}
+
+/// What is wanted of an object that may come and go while its resource stays.
+#[derive(Debug, Default, PartialEq)]
+pub enum Wanted<T> {
+    /// Nothing is known about it: leave it as it is.
+    #[default]
+    AsItIs,
+    /// It is to be there, like this.
+    There(T),
+    /// It is to be gone, if it is ours.
+    Gone,
 }
 
 /// One Job, named so that no other is hit.
@@ -168,6 +187,7 @@ pub struct Applied {
     pub(super) jobs: Vec<Job>,
     pub(super) deployment: Option<Deployment>,
     pub(super) service: Option<Service>,
+    pub(super) budget: Option<PodDisruptionBudget>,
     pub(super) refused: Refused,
 }
 
@@ -179,6 +199,7 @@ impl Observed {
             jobs,
             deployment,
             service,
+            budget,
             refused,
         } = applied;
         let answer = |job: &Job| {
@@ -205,6 +226,7 @@ impl Observed {
         }
         self.deployment = deployment.or(self.deployment);
         self.service = service.or(self.service);
+        self.budget = budget.or(self.budget);
         self.refused = refused;
         self
     }
@@ -260,7 +282,7 @@ pub trait Kind:
 {
     /// Which one.
     const KIND: ResourceKind;
-    /// Whether it has a Deployment and a Service.
+    /// Whether it has a Deployment, a Service and a PodDisruptionBudget.
     const SERVES: bool;
     /// A spec that was found good, with everything resolved.
     type Checked: Send + Sync;

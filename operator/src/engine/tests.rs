@@ -175,6 +175,33 @@ async fn what_is_left_of_a_resource_of_the_same_name_is_waited_for() {
 }
 
 #[tokio::test]
+async fn the_budget_of_a_drain_goes_with_its_last_use_and_never_another_ones() {
+    let server = world();
+    live(&server).await;
+    let budget = "poddisruptionbudgets/chat";
+    assert_eq!(server.object(budget)["spec"]["maxUnavailable"], 1);
+    server.remove(budget);
+    live(&server).await;
+    assert_eq!(server.object(budget)["spec"]["maxUnavailable"], 1, "it is made again");
+
+    let scale = |replicas: i32| server.change("inferenceservices/chat", json!({"spec": {"replicas": replicas}}));
+    scale(1);
+    live(&server).await;
+    assert!(server.object(budget).is_null(), "a lone pod needs none");
+
+    let theirs = json!({"apiVersion": "policy/v1", "kind": "PodDisruptionBudget",
+        "metadata": {"name": "chat", "namespace": "ns"}, "spec": {"selector": {"matchLabels": {"strata.dev/name": "chat"}}}});
+    server.add("poddisruptionbudgets", theirs);
+    let before = server.object(budget);
+    for replicas in [2, 1] {
+        scale(replicas);
+        live(&server).await;
+        assert_eq!(server.object(budget), before, "replicas {replicas}");
+        assert_eq!(condition(&server, "inferenceservices/chat", "Ready").0, "Serving");
+    }
+}
+
+#[tokio::test]
 async fn what_the_server_refuses_is_said_tried_again_and_disturbs_nothing_else() {
     for (code, words) in [
         (422, "Job.batch \"x\" is invalid: spec.template.spec.priorityClassName"),

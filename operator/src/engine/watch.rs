@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! the four kinds ──▶ the resource itself, and those that refer to it (index)
-//! Jobs, Pods, Deployments, Services with label strata.dev/kind ──▶ the resource of their labels
+//! Jobs, Pods, Deployments, Services, PodDisruptionBudgets with label strata.dev/kind ──▶ the resource of their labels
 //! ```
 
 use std::collections::HashMap;
@@ -275,6 +275,11 @@ pub fn start(context: &Arc<Context>, watches: &Watches, mut queues: Queues, stop
     started
         .watches
         .spawn(watches.clone().children::<k8s_openapi::api::core::v1::Service>());
+    started.watches.spawn(
+        watches
+            .clone()
+            .children::<k8s_openapi::api::policy::v1::PodDisruptionBudget>(),
+    );
     started
 }
 

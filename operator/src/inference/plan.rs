@@ -1,9 +1,11 @@
-//! From an InferenceService's phase to what is wanted of the server: the preparing run, the Deployment, the Service.
+//! From an InferenceService's phase to what is wanted of the server: the preparing run, the Deployment, the Service,
+//! and how many pods a drain may take at once.
 
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{PodTemplateSpec, Volume, VolumeMount};
+use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
@@ -12,12 +14,12 @@ use strata_contract::{SERVE_PORT, Uri};
 
 use super::Checked;
 use super::check::Serving;
-use crate::engine::kind::{Observed, Planned, Refusal, ResourceKind};
+use crate::engine::kind::{Observed, Planned, Refusal, ResourceKind, Wanted};
 use crate::run;
 use crate::run::phase::{Ledger, Phase, phase};
 use crate::workload::pod::{PodParts, template};
 use crate::workload::volume::Claims;
-use crate::workload::{deployment, labels, service, volume};
+use crate::workload::{budget, deployment, labels, service, volume};
 
 /// Time that the server in the pod goes on as before after it is asked to stop, in seconds: the default of its
 /// `--shutdown-delay`. It is not handed in: pods keep their image, and an older one may not know it.
@@ -56,16 +58,32 @@ pub fn plan(
         ..ObjectMeta::default()
     };
     let selector = labels::serving_selector(&name);
+    let template = pods(&name, &checked.serving, &served);
+    // Before there is a Deployment, no budget was looked for.
+    if observed.deployment.is_some() {
+        planned.budget = match needs_budget(&checked.serving, &template, &observed.budgets) {
+            true => Wanted::There(budget::build(metadata.clone(), &owner, selector.clone())),
+            false => Wanted::Gone,
+        };
+    }
     planned.deployment = Some(deployment::build(
         metadata.clone(),
         &owner,
         selector.clone(),
         checked.serving.replicas,
         checked.serving.scheme(),
-        pods(&name, &checked.serving, &served),
+        template,
     ));
     planned.service = Some(service::build(metadata, &owner, selector, checked.serving.scheme()));
     planned
+}
+
+/// One pod alone needs none: a budget could only be in the way of its drain. And a pod that two budgets select can not be
+/// evicted at all: where a user has one, ours goes.
+fn needs_budget(serving: &Serving, template: &PodTemplateSpec, others: &[PodDisruptionBudget]) -> bool {
+    let labels = template.metadata.as_ref().and_then(|metadata| metadata.labels.as_ref());
+    let has_another = labels.is_some_and(|labels| others.iter().any(|other| budget::selects(other, labels)));
+    serving.replicas > 1 && !has_another
 }
 
 /// What is to be served, and by which image.

@@ -2,12 +2,13 @@
 
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use serde_json::{Value, json};
 use strata_api::{InferenceService, InferenceServiceStatus, Reason};
 use strata_contract::FailureReason;
 
 use super::phase::{serving_pods, standing};
-use crate::engine::kind::{Env, Kind, Observed, Refusal, ResourceKind};
+use crate::engine::kind::{Env, Kind, Observed, Refusal, ResourceKind, Wanted};
 use crate::fixtures::{
     Attempt, IMAGE, NOW, at, at_attempt, bad_report, digest, env, good_report, inference, observe, published, started,
     to,
@@ -250,6 +251,50 @@ fn pods_are_spread_over_nodes_and_have_time_to_stop() {
         grace.as_i64() > Some(5 + 25),
         "its --shutdown-delay and --shutdown-timeout: {grace}"
     );
+}
+
+#[test]
+fn a_drain_takes_one_pod_at_a_time_and_never_waits_for_a_lone_one_or_a_second_budget() {
+    let other = |selector: Value| -> Vec<PodDisruptionBudget> {
+        let budget = json!({"metadata": {"name": "mine"}, "spec": {"minAvailable": 1, "selector": selector}});
+        vec![serde_json::from_value(budget).expect("a valid budget")]
+    };
+    let labels = |value: &str| json!({"matchLabels": {"strata.dev/name": value}});
+    let team = |operator: &str| json!({"matchExpressions": [{"key": "team", "operator": operator, "values": ["a"]}]});
+    for (replicas, suspend, others, wanted) in [
+        (2, false, vec![], true),
+        (1, false, vec![], false),
+        (0, false, vec![], false),
+        (2, true, vec![], false),
+        (2, false, other(labels("s")), false),
+        (2, false, other(json!({})), false),
+        (2, false, other(Value::Null), true),
+        (2, false, other(labels("t")), true),
+        (2, false, other(team("In")), false),
+        (2, false, other(team("NotIn")), true),
+    ] {
+        let pod = json!({"labels": {"team": "a"}});
+        let (mut service, mut observed) = serving(json!({"replicas": replicas, "pod": pod}));
+        service.spec.common.suspend = Some(suspend);
+        observed.budgets = others;
+        let planned = service.plan(&service.check(&observed, &env()), &observed, at(NOW));
+        let what = format!("replicas {replicas}, suspend {suspend}, {:?}", observed.budgets);
+        let Wanted::There(budget) = planned.budget else {
+            assert_eq!(planned.budget, Wanted::Gone, "{what}");
+            assert!(!wanted, "{what}");
+            continue;
+        };
+        assert!(wanted, "{what}");
+        let spec = serde_json::to_value(budget.spec).expect("it serializes");
+        let selector = part(&observed.deployment.expect("served"), "/spec/selector");
+        let whole = json!({"maxUnavailable": 1, "selector": selector, "unhealthyPodEvictionPolicy": "AlwaysAllow"});
+        assert_eq!(spec, whole);
+    }
+    // What was not looked for is neither made nor removed.
+    let (service, mut observed) = serving(json!({}));
+    observed.deployment = None;
+    let planned = service.plan(&service.check(&observed, &env()), &observed, at(NOW));
+    assert_eq!(planned.budget, Wanted::AsItIs);
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Builders of Kubernetes objects, shared by the kinds: pure, from checked values to whole objects.
 
+pub mod budget;
 pub mod deployment;
 pub mod job;
 pub mod labels;

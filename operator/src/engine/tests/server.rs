@@ -74,6 +74,16 @@ impl Server {
         self.state().objects.remove(key);
     }
 
+    /// Changes an object, as a user would.
+    pub fn change(&self, key: &str, change: Value) {
+        let mut state = self.state();
+        let mut object = state.objects[key].clone();
+        merge(&mut object, change);
+        let generation = object["metadata"]["generation"].as_i64().unwrap_or(0);
+        object["metadata"]["generation"] = json!(generation + 1);
+        state.update(key, object);
+    }
+
     /// The object with this key, as it is now.
     pub fn object(&self, key: &str) -> Value {
         self.state().objects.get(key).cloned().unwrap_or_default()
@@ -264,12 +274,17 @@ impl State {
             .split('&')
             .find_map(|part| part.strip_prefix("labelSelector="))
             .unwrap_or("");
-        let selector = selector.replace("%2F", "/").replace("%3D", "=").replace("%2C", ",");
+        let selector = selector
+            .replace("%2F", "/")
+            .replace("%3D", "=")
+            .replace("%2C", ",")
+            .replace("%21", "!");
         let wanted: Vec<(&str, &str)> = selector.split(',').filter_map(|term| term.split_once('=')).collect();
         let matches = |object: &Value| {
-            wanted
-                .iter()
-                .all(|(key, value)| object["metadata"]["labels"][*key] == *value)
+            wanted.iter().all(|(key, value)| match key.strip_suffix('!') {
+                Some(key) => object["metadata"]["labels"][key] != *value,
+                None => object["metadata"]["labels"][*key] == *value,
+            })
         };
         let prefix = format!("{plural}/");
         let items: Vec<&Value> = self
