@@ -43,8 +43,17 @@ enum Shape {
     Sum,
     /// The mean: the engines of a pod each have a cache.
     Mean,
-    /// A histogram's buckets, each added.
+    /// A histogram's buckets, each added, and its sum.
     Buckets,
+}
+
+/// What a sample is of its figure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Part {
+    /// The number, or the sum of a histogram.
+    Number,
+    /// A bucket of a histogram.
+    Bucket,
 }
 
 /// Every figure, with all names that it has or had: ours and vLLM's, SGLang's, TGI's, TensorRT-LLM's.
@@ -164,7 +173,7 @@ impl fmt::Display for Unread {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Reading {
     numbers: BTreeMap<Figure, f64>,
-    histograms: BTreeMap<Figure, Vec<(f64, f64)>>,
+    histograms: BTreeMap<Figure, Histogram>,
 }
 
 /// The series of one name, added up.
@@ -184,7 +193,7 @@ impl Reading {
         let mut series: BTreeMap<(Figure, usize), Series> = BTreeMap::new();
         let mut others = BTreeSet::new();
         for sample in text.lines().filter_map(sample) {
-            let Some((figure, rank, is_bucket)) = known(sample.name) else {
+            let Some((figure, rank, part)) = known(sample.name) else {
                 continue;
             };
             let named = MODEL_LABELS.iter().find_map(|label| sample.label(label));
@@ -192,9 +201,9 @@ impl Reading {
                 others.insert(other.chars().take(QUOTED_CHARS).collect::<String>());
                 continue;
             }
-            let bound = match is_bucket {
-                false => None,
-                true => match sample.label("le").and_then(|le| le.parse::<f64>().ok()) {
+            let bound = match part {
+                Part::Number => None,
+                Part::Bucket => match sample.label("le").and_then(|le| le.parse::<f64>().ok()) {
                     Some(bound) if !bound.is_nan() => Some(bound),
                     _ => continue,
                 },
@@ -225,7 +234,13 @@ impl Reading {
             match shape {
                 Shape::Sum => drop(reading.numbers.insert(figure, found.sum)),
                 Shape::Mean => drop(reading.numbers.insert(figure, found.sum / found.count)),
-                Shape::Buckets => drop(reading.histograms.insert(figure, ascending(found.buckets))),
+                Shape::Buckets => {
+                    let histogram = Histogram {
+                        buckets: ascending(found.buckets),
+                        sum_seconds: (found.count > 0.0).then_some(found.sum),
+                    };
+                    reading.histograms.insert(figure, histogram);
+                }
             }
         }
         Ok(reading)
@@ -266,16 +281,20 @@ impl Reading {
     }
 }
 
-/// The figure with this name, the place of the name among its names, and whether it is a bucket of its histogram.
-fn known(name: &str) -> Option<(Figure, usize, bool)> {
+/// The figure with this name, the place of the name among its names, and what the sample is of it.
+fn known(name: &str) -> Option<(Figure, usize, Part)> {
     TABLE.iter().find_map(|(figure, shape, names)| {
-        let is_bucket = *shape == Shape::Buckets;
-        let name = match is_bucket {
-            true => name.strip_suffix("_bucket")?,
-            false => name,
+        let parts = match shape {
+            Shape::Buckets => [
+                (name.strip_suffix("_bucket"), Part::Bucket),
+                (name.strip_suffix("_sum"), Part::Number),
+            ],
+            _ => [(Some(name), Part::Number), (None, Part::Number)],
         };
-        let rank = names.iter().position(|known| *known == name)?;
-        Some((*figure, rank, is_bucket))
+        parts.into_iter().find_map(|(name, part)| {
+            let rank = names.iter().position(|known| Some(*known) == name)?;
+            Some((*figure, rank, part))
+        })
     })
 }
 
@@ -294,14 +313,15 @@ fn ascending(mut buckets: Vec<(f64, f64)>) -> Vec<(f64, f64)> {
 }
 
 /// What was observed between two moments.
-fn since(is: &[(f64, f64)], was: &[(f64, f64)]) -> Histogram {
-    let same = is.len() == was.len() && is.iter().zip(was).all(|(is, was)| is.0 == was.0 && is.1 >= was.1);
-    let buckets = match same {
-        true => is.iter().zip(was).map(|(is, was)| (is.0, is.1 - was.1)).collect(),
-        false => is.to_vec(),
-    };
+fn since(is: &Histogram, was: &Histogram) -> Histogram {
+    let pairs = || is.buckets.iter().zip(&was.buckets);
+    let same = is.buckets.len() == was.buckets.len() && pairs().all(|(is, was)| is.0 == was.0 && is.1 >= was.1);
+    if !same {
+        return is.clone();
+    }
     Histogram {
-        buckets: ascending(buckets),
+        buckets: ascending(pairs().map(|(is, was)| (is.0, is.1 - was.1)).collect()),
+        sum_seconds: is.sum_seconds.zip(was.sum_seconds).map(|(is, was)| is - was),
     }
 }
 
@@ -474,12 +494,19 @@ trtllm_num_requests_waiting{engine_type="trtllm",model_name="chat"} 3"#;
             ("} 100", "} 130"),
             ("le=\"1\"} 4", "le=\"1\"} 6"),
             ("le=\"+Inf\"} 5", "le=\"+Inf\"} 8"),
+            (
+                "_sum{engine=\"0\",model_name=\"chat\"} 3.5",
+                "_sum{engine=\"0\",model_name=\"chat\"} 5",
+            ),
         ]);
         let load = later.load(Some((&first, 5.0)));
         assert_eq!((load.window_seconds, load.prompt_tokens), (5.0, Some(30.0)));
         assert_eq!((load.finished, load.generation_tokens), (Some(0.0), None));
-        let buckets = load.time_to_first_token.expect("a histogram").buckets;
-        assert_eq!(buckets, [(0.1, 0.0), (1.0, 2.0), (f64::INFINITY, 3.0)]);
+        let expected = Histogram {
+            buckets: vec![(0.1, 0.0), (1.0, 2.0), (f64::INFINITY, 3.0)],
+            sum_seconds: Some(1.5),
+        };
+        assert_eq!(load.time_to_first_token, Some(expected));
         let restarted = replaced(&[
             ("} 100", "} 10"),
             ("le=\"0.1\"} 1", "le=\"0.1\"} 0"),
@@ -525,7 +552,8 @@ trtllm_num_requests_waiting{engine_type="trtllm",model_name="chat"} 3"#;
             counts in proptest::collection::vec((0.0f64..100.0, 0u32..1000, 0u32..1000), 0..8),
         ) {
             let buckets = |pick: fn(&(f64, u32, u32)) -> u32| {
-                ascending(counts.iter().map(|one| (one.0, f64::from(pick(one)))).collect())
+                let buckets = ascending(counts.iter().map(|one| (one.0, f64::from(pick(one)))).collect());
+                Histogram { buckets, sum_seconds: None }
             };
             let histogram = since(&buckets(|one| one.1), &buckets(|one| one.2));
             prop_assert!(histogram.buckets.windows(2).all(|pair| pair[0].1 <= pair[1].1));
