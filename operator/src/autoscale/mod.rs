@@ -11,15 +11,14 @@
 //! of a fleet instead of one.
 
 pub mod demand;
+pub mod metrics;
 pub mod policy;
+pub mod scrape;
 
 #[cfg(test)]
 mod tests;
 
 use std::collections::BTreeMap;
-
-pub mod metrics;
-pub mod scrape;
 
 /// What one pod did in the time between two scrapes, and how it stands now. Absent means that the pod did not say so,
 /// which is not zero.

@@ -43,6 +43,8 @@ pub struct Settings {
     max: u32,
     budget: Option<Budget>,
     targets: Targets,
+    window_seconds: Option<i64>,
+    cold_start_seconds: Option<f64>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -162,7 +164,23 @@ impl Settings {
             max,
             budget,
             targets,
+            window_seconds: None,
+            cold_start_seconds: None,
         })
+    }
+
+    /// Another time that a lower load must last before replicas become fewer, in seconds.
+    #[must_use]
+    pub fn with_window(mut self, seconds: i64) -> Self {
+        self.window_seconds = Some(seconds.max(1));
+        self
+    }
+
+    /// The cold start of a pod until it has been measured, in seconds.
+    #[must_use]
+    pub fn with_cold_start(mut self, seconds: f64) -> Self {
+        self.cold_start_seconds = Some(seconds.max(1.0));
+        self
     }
 
     /// The most that there may be: by the bound, and by the budget.
@@ -288,7 +306,7 @@ pub fn decide(settings: &Settings, memory: &Memory, fleet: &Fleet, now_seconds: 
     let queue = memory.recent.queue;
     let (measured, queue) = measure(&settings.targets, &mut memory.learned, queue, fleet);
     memory.recent.queue = queue;
-    let window = window_seconds(&memory.learned);
+    let window = window_seconds(settings, &memory.learned);
     if let Some(need) = measured.need {
         let samples = &mut memory.recent.samples;
         samples.push(Sample {
@@ -323,7 +341,7 @@ fn choose(settings: &Settings, memory: &Memory, measured: &Measured, before: u32
         return (bounded, Cause::OutOfBounds, why);
     }
     let samples = &memory.recent.samples;
-    let (Some(_), Some(forecast)) = (measured.need, forecast(samples, &memory.learned, now)) else {
+    let (Some(_), Some(forecast)) = (measured.need, forecast(settings, samples, &memory.learned, now)) else {
         let silent = measured.silent;
         let why = match measured.answering {
             0 if silent == 0 => "no pod is ready yet".to_owned(),
@@ -336,7 +354,7 @@ fn choose(settings: &Settings, memory: &Memory, measured: &Measured, before: u32
     let wanted = whole(forecast).saturating_add(measured.silent);
     if wanted > before {
         let most = settings.most();
-        let horizon = horizon_seconds(&memory.learned);
+        let horizon = horizon_seconds(settings, &memory.learned);
         let by = measured.driver.map_or("the load", of);
         let why = format!("in {horizon:.0} s {by} needs {wanted} replicas");
         return match wanted.min(most) {
@@ -350,7 +368,10 @@ fn choose(settings: &Settings, memory: &Memory, measured: &Measured, before: u32
             _ => (before, Cause::AtMaximum, format!("{why}, and maxReplicas is {most}")),
         };
     }
-    let highest = samples.iter().map(|sample| sample.need).fold(forecast, f64::max);
+    let window = window_seconds(settings, &memory.learned);
+    let highest = (samples.iter().filter(|sample| now - sample.at <= window))
+        .map(|sample| sample.need)
+        .fold(forecast, f64::max);
     let enough = whole(highest / (1.0 - SPARE)).max(settings.min);
     if enough >= before {
         return (before, Cause::Steady, format!("{before} replicas are right"));
@@ -362,7 +383,6 @@ fn choose(settings: &Settings, memory: &Memory, measured: &Measured, before: u32
         );
         return (before, Cause::MetricsMissing, why);
     }
-    let window = window_seconds(&memory.learned);
     let since = memory.changed_at.max(memory.recent.since).unwrap_or(now);
     if now - since < window {
         let left = window - (now - since);
@@ -375,7 +395,7 @@ fn choose(settings: &Settings, memory: &Memory, measured: &Measured, before: u32
 
 /// Level, trend over the cold start, and noise. Only of samples of as many pods as now: what full pods show of a load is less
 /// than the load, so that it seems to rise when another one becomes ready.
-fn forecast(samples: &[Sample], learned: &Learned, now: i64) -> Option<f64> {
+fn forecast(settings: &Settings, samples: &[Sample], learned: &Learned, now: i64) -> Option<f64> {
     let last = samples.last()?;
     let recent: Vec<(f64, f64)> = (samples.iter().rev())
         .take_while(|sample| now - sample.at <= TREND_SECONDS && sample.answering == last.answering)
@@ -398,20 +418,25 @@ fn forecast(samples: &[Sample], learned: &Learned, now: i64) -> Option<f64> {
         0.0
     };
     let level = need - slope * at;
-    Some((level + slope.max(0.0) * horizon_seconds(learned) + NOISE_DEVIATIONS * noise / count.sqrt()).max(0.0))
+    Some(
+        (level + slope.max(0.0) * horizon_seconds(settings, learned) + NOISE_DEVIATIONS * noise / count.sqrt())
+            .max(0.0),
+    )
 }
 
 fn whole(need: f64) -> u32 {
     (need - NEGLIGIBLE).ceil().clamp(0.0, f64::from(u32::MAX / 2)) as u32
 }
 
-fn horizon_seconds(learned: &Learned) -> f64 {
-    learned.cold_start_seconds.unwrap_or(COLD_START_SECONDS)
+fn horizon_seconds(settings: &Settings, learned: &Learned) -> f64 {
+    let assumed = settings.cold_start_seconds.unwrap_or(COLD_START_SECONDS);
+    learned.cold_start_seconds.unwrap_or(assumed)
 }
 
 /// Time that a lower load must last before replicas become fewer, in seconds.
-fn window_seconds(learned: &Learned) -> i64 {
-    (2.0 * horizon_seconds(learned)).clamp(WINDOW_SECONDS.0, WINDOW_SECONDS.1) as i64
+fn window_seconds(settings: &Settings, learned: &Learned) -> i64 {
+    let measured = (2.0 * horizon_seconds(settings, learned)).clamp(WINDOW_SECONDS.0, WINDOW_SECONDS.1) as i64;
+    settings.window_seconds.unwrap_or(measured)
 }
 
 /// Takes the time of pods that start; a longer one counts at once, a shorter one slowly.

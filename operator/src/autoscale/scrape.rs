@@ -17,9 +17,9 @@ use crate::engine::kind::Key;
 use crate::engine::watch::Wake;
 
 /// Time between two questions to a pod.
-pub const PERIOD: Duration = Duration::from_secs(5);
+pub const PERIOD: Duration = Duration::from_secs(10);
 /// How long what a pod said counts after it fell silent: one lost answer is nothing.
-const PATIENCE: Duration = Duration::from_secs(18);
+const PATIENCE: Duration = Duration::from_secs(25);
 /// A service that was not asked for in that time has no task any more. Reconciles come at least that often: each round wakes
 /// one.
 const UNWATCHED: Duration = Duration::from_secs(120);
