@@ -21,7 +21,16 @@ pub struct Metrics {
     resources: IntGaugeVec,
     leader: IntGauge,
     resident: IntGauge,
-    ready: Mutex<HashMap<Key, String>>,
+    ready: Mutex<HashMap<Key, Ready>>,
+}
+
+/// What the condition Ready says, as labels.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ready {
+    /// True, Unknown or False: done, on its way, or in need of a person. Alerts read it, so that they need no list of reasons.
+    pub status: String,
+    /// Why.
+    pub reason: String,
 }
 
 impl Metrics {
@@ -59,9 +68,9 @@ impl Metrics {
         let resources = IntGaugeVec::new(
             Opts::new(
                 "strata_resources",
-                "Resources by kind and by the reason of their condition Ready.",
+                "Resources by kind and by status and reason of their condition Ready.",
             ),
-            &["kind", "reason"],
+            &["kind", "ready", "reason"],
         )?;
         let leader = IntGauge::new("strata_operator_leader", "1 if this replica leads, else 0.")?;
         let resident = IntGauge::new("process_resident_memory_bytes", "Resident memory in bytes.")?;
@@ -103,12 +112,12 @@ impl Metrics {
         self.leader.set(leads.into());
     }
 
-    /// The reason of a resource's condition Ready.
-    pub fn ready(&self, key: &Key, reason: &str) {
+    /// What a resource's condition Ready says.
+    pub fn ready(&self, key: &Key, ready: Ready) {
         let mut all = self.ready.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = all.insert(key.clone(), reason.to_owned());
-        if before.as_deref() != Some(reason) {
-            self.resources.with_label_values(&[key.kind.name(), reason]).inc();
+        let before = all.insert(key.clone(), ready.clone());
+        if before.as_ref() != Some(&ready) {
+            self.resources.with_label_values(&labels(key.kind, &ready)).inc();
             if let Some(before) = before {
                 self.one_less(key.kind, &before);
             }
@@ -116,8 +125,8 @@ impl Metrics {
     }
 
     /// A series that counts nothing any more is dropped.
-    fn one_less(&self, kind: ResourceKind, reason: &str) {
-        let labels = [kind.name(), reason];
+    fn one_less(&self, kind: ResourceKind, ready: &Ready) {
+        let labels = labels(kind, ready);
         let gauge = self.resources.with_label_values(&labels);
         gauge.dec();
         if gauge.get() <= 0 {
@@ -153,6 +162,11 @@ impl Metrics {
         }
         TextEncoder::new().encode_to_string(&self.registry.gather())
     }
+}
+
+/// In the order in which `strata_resources` names them.
+fn labels(kind: ResourceKind, ready: &Ready) -> [&str; 3] {
+    [kind.name(), &ready.status, &ready.reason]
 }
 
 /// Resident memory of this process in bytes, where the kernel says so.

@@ -113,7 +113,7 @@ async fn step<K: Kind>(key: &Key, context: &Context) -> Result<Action, Error> {
     let outcome = resource.report(&checked, &observed, Timestamp::now());
 
     let transitions = status::transitions(resource.status().map(Status::run_status), outcome.status.run_status());
-    context.metrics.ready(key, status::ready_reason(&outcome.status));
+    context.metrics.ready(key, status::ready(&outcome.status));
     if status::write(client, &resource, outcome.status).await? {
         context.metrics.status_written(key.kind);
         status::publish(&context.recorder, &resource, &transitions).await;

@@ -1,5 +1,6 @@
 //! The status: written only if it says something new, and an Event for each transition.
 
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::api::PostParams;
 use kube::core::object::HasStatus;
 use kube::runtime::events::{Event, EventType, Recorder};
@@ -9,6 +10,7 @@ use strata_api::{AttemptOutcome, RunStatus, Verdict};
 use super::apply::FIELD_MANAGER;
 use super::kind::{Kind, Status};
 use super::reconcile::Error;
+use crate::metrics::Ready;
 use crate::run::conditions::reason;
 
 /// Longest note of an Event in bytes, by the API's rule.
@@ -119,9 +121,13 @@ pub async fn publish<K: Resource<DynamicType = ()>>(recorder: &Recorder, resourc
     }
 }
 
-/// The reason of Ready, for metrics.
-pub fn ready_reason<S: Status>(status: &S) -> &str {
+/// What Ready says, for metrics.
+pub fn ready<S: Status>(status: &S) -> Ready {
     let conditions = &status.run_status().conditions;
     let ready = conditions.iter().find(|condition| condition.type_ == "Ready");
-    ready.map_or("", |ready| ready.reason.as_str())
+    let text = |field: fn(&Condition) -> &String| ready.map(field).cloned().unwrap_or_default();
+    Ready {
+        status: text(|condition| &condition.status),
+        reason: text(|condition| &condition.reason),
+    }
 }

@@ -129,6 +129,36 @@ async fn when_all_is_done_nothing_is_written() {
 }
 
 #[tokio::test]
+async fn the_metrics_say_what_needs_a_person_until_it_is_put_right() {
+    let server = world();
+    live(&server).await;
+    let context = operator(&server, true);
+    let series = || {
+        let text = context.metrics.render().expect("metrics are written");
+        let ours = text.lines().filter(|line| line.starts_with("strata_resources{"));
+        ours.map(str::to_owned).collect::<Vec<_>>()
+    };
+    let line = |kind: &str, ready: &str, reason: &str| {
+        format!("strata_resources{{kind=\"{kind}\",ready=\"{ready}\",reason=\"{reason}\"}} 1")
+    };
+    let others = [
+        line("Dataset", "True", "Published"),
+        line("PretrainJob", "True", "Published"),
+    ];
+    assert!(round(&context).await);
+    let good = line("InferenceService", "True", "Serving");
+    assert_eq!(series(), [others[0].clone(), good.clone(), others[1].clone()]);
+    server.remove("services/chat");
+    server.refuse("services", Some((422, "no room")));
+    assert!(!round(&context).await);
+    let bad = line("InferenceService", "False", "Refused");
+    assert_eq!(series(), [others[0].clone(), bad, others[1].clone()]);
+    server.refuse("services", None);
+    assert!(round(&context).await);
+    assert_eq!(series(), [others[0].clone(), good, others[1].clone()]);
+}
+
+#[tokio::test]
 async fn who_does_not_lead_writes_nothing() {
     let server = world();
     assert!(!round(&operator(&server, false)).await);

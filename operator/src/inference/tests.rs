@@ -215,6 +215,31 @@ fn an_operator_with_another_image_restarts_no_pod() {
     assert_eq!(part(&deployment.expect("served"), POD_IMAGE), json!(IMAGE));
 }
 
+/// The Deployments that the operator of commit 2711e47 makes of the two services below: an upgrade must not change the
+/// template of pods that serve, or it restarts all of them at once.
+const BEFORE: &str = include_str!("deployments-2711e47.json");
+
+#[test]
+fn an_upgrade_from_the_last_chart_restarts_no_pod() {
+    let before: Value = serde_json::from_str(BEFORE).expect("JSON");
+    for (name, change) in [
+        ("plain", json!({})),
+        (
+            "full",
+            json!({"auth": {"secret": {"name": "keys", "key": "current"}}, "tls": {"secretName": "cert"},
+                "kvCache": {"memory": "64Mi", "dtype": "F32", "prefixCaching": false}, "maxSequenceTokens": 512,
+                "pod": {"serviceAccountName": "sa", "labels": {"team": "a"}, "env": [{"name": "A", "value": "1"}]}}),
+        ),
+    ] {
+        let (_, observed) = serving(change);
+        let now = observed.deployment.expect("served");
+        for place in ["/spec/template", "/spec/selector"] {
+            let was = before[name].pointer(place).expect(place);
+            assert_eq!(&part(&now, place), was, "{name}{place}");
+        }
+    }
+}
+
 #[test]
 fn suspend_frees_the_serving_pods() {
     let (mut service, observed) = serving(json!({}));
