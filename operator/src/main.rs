@@ -13,6 +13,7 @@ use kube::client::ClientBuilder;
 use kube::runtime::events::{Recorder, Reporter};
 use strata_contract::Uri;
 use strata_operator::engine::backoff::Failures;
+use strata_operator::engine::cache::Caches;
 use strata_operator::engine::guard::{GuardLayer, Leadership};
 use strata_operator::engine::index::Index;
 use strata_operator::engine::kind::Env;
@@ -168,15 +169,17 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     tracing::info!(identity, image = arguments.runtime_image, "leading");
 
     let index = Arc::new(Index::default());
+    let wake = Wake::default();
     let context = Arc::new(Context {
         client: client.clone(),
         env: Env {
             runtime_image: arguments.runtime_image,
             default_storage: arguments.default_storage,
         },
+        caches: Caches::default(),
         index: index.clone(),
         failures: Failures::default(),
-        poller: Poller::default(),
+        poller: Poller::new(wake.clone()),
         recorder: Recorder::new(
             client.clone(),
             Reporter {
@@ -186,7 +189,6 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         ),
         metrics: metrics.clone(),
     });
-    let (wake, queues) = Wake::new();
     let watches = Watches {
         client,
         namespace: arguments.watch_namespace,
@@ -194,13 +196,9 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         index,
     };
     let (stop, stopped) = watch::channel(false);
-    let Started {
-        mut watches,
-        mut loops,
-        mut filled,
-    } = start(&context, &watches, queues, &stopped);
+    let Started { mut watches, mut loops } = start(&context, &watches, &stopped);
     let filling = tokio::spawn(async move {
-        while filled.join_next().await.is_some() {}
+        context.caches.filled().await;
         ready.store(true, Ordering::Relaxed);
         tracing::info!("the caches are filled");
     });

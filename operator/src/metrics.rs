@@ -10,12 +10,15 @@ use crate::engine::kind::{Key, ResourceKind};
 
 /// Bounds of the reconcile histogram in seconds.
 const BUCKETS: [f64; 9] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0];
+/// Bounds of the histogram of own work in seconds.
+const WORK_BUCKETS: [f64; 10] = [0.000_25, 0.000_5, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5];
 
 /// The operator's metrics.
 pub struct Metrics {
     registry: Registry,
     reconciles: IntCounterVec,
     seconds: HistogramVec,
+    own_work: HistogramVec,
     status_writes: IntCounterVec,
     errors: IntCounterVec,
     resources: IntGaugeVec,
@@ -65,6 +68,14 @@ impl Metrics {
                 .buckets(BUCKETS.to_vec()),
             &["kind"],
         )?;
+        let own_work = HistogramVec::new(
+            HistogramOpts::new(
+                "strata_operator_own_work_seconds",
+                "Length of a reconcile without its waiting for the API server, by kind.",
+            )
+            .buckets(WORK_BUCKETS.to_vec()),
+            &["kind"],
+        )?;
         let resources = IntGaugeVec::new(
             Opts::new(
                 "strata_resources",
@@ -75,6 +86,7 @@ impl Metrics {
         let leader = IntGauge::new("strata_operator_leader", "1 if this replica leads, else 0.")?;
         let resident = IntGauge::new("process_resident_memory_bytes", "Resident memory in bytes.")?;
         registry.register(Box::new(seconds.clone()))?;
+        registry.register(Box::new(own_work.clone()))?;
         registry.register(Box::new(resources.clone()))?;
         registry.register(Box::new(leader.clone()))?;
         registry.register(Box::new(resident.clone()))?;
@@ -82,6 +94,7 @@ impl Metrics {
             registry,
             reconciles,
             seconds,
+            own_work,
             status_writes,
             errors,
             resources,
@@ -91,12 +104,15 @@ impl Metrics {
         })
     }
 
-    /// A reconcile has ended.
-    pub fn reconciled(&self, kind: ResourceKind, result: &str, took: Duration) {
+    /// A reconcile has ended; of the time that it took it worked for a part.
+    pub fn reconciled(&self, kind: ResourceKind, result: &str, took: Duration, worked: Duration) {
         self.reconciles.with_label_values(&[kind.name(), result]).inc();
         self.seconds
             .with_label_values(&[kind.name()])
             .observe(took.as_secs_f64());
+        self.own_work
+            .with_label_values(&[kind.name()])
+            .observe(worked.as_secs_f64());
         if result != "ok" {
             self.errors.with_label_values(&[result]).inc();
         }

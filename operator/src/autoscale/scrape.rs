@@ -258,7 +258,7 @@ async fn run(inner: Weak<Inner>, key: Key, model: String) {
         let answers = join_all(due.into_iter().map(|(target, pod)| inner.ask(target, pod, &model))).await;
         inner.done(&key, answers);
         if let Some(wake) = &inner.wake {
-            wake.wake(key.clone()).await;
+            wake.wake(key.clone());
         }
         drop(inner);
         tokio::time::sleep(PERIOD.saturating_sub(started.elapsed())).await;

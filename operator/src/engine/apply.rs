@@ -17,8 +17,9 @@ use serde_json::{Value, json};
 use strata_api::Reason;
 use strata_contract::hash_canonical;
 
+use super::cache::{Cached, Caches};
 use super::gather::is_owned_by;
-use super::kind::{Applied, JobRef, Observed, Planned, Wanted};
+use super::kind::{Applied, JobRef, Key, Observed, Planned, Wanted};
 use super::reconcile::Error;
 use super::same;
 use crate::workload::labels;
@@ -28,10 +29,12 @@ pub const FIELD_MANAGER: &str = "strata-operator";
 
 /// Whose objects are written.
 pub struct Owner<'a> {
-    /// Their namespace.
-    pub namespace: &'a str,
-    /// UID of the resource that owns them.
+    /// The resource that owns them.
+    pub key: &'a Key,
+    /// Its UID.
     pub uid: &'a str,
+    /// Where what was written is to show before anything else is decided on it.
+    pub caches: &'a Caches,
 }
 
 /// Brings the server to what is wanted.
@@ -123,7 +126,7 @@ fn taken<K: Resource<DynamicType = ()>>(wanted: &K, there: &K) -> Error {
 }
 
 fn api<K: Resource<DynamicType = (), Scope = NamespaceResourceScope>>(client: &Client, owner: &Owner<'_>) -> Api<K> {
-    Api::namespaced(client.clone(), owner.namespace)
+    Api::namespaced(client.clone(), &owner.key.namespace)
 }
 
 fn create_params() -> PostParams {
@@ -149,6 +152,7 @@ async fn delete_attempt(client: &Client, owner: &Owner<'_>, job: &JobRef) -> Res
     };
     let params = delete_params(Some(job.uid.clone()), propagation);
     gone(jobs.delete(&job.name, &params).await.map(drop))?;
+    owner.caches.deleted::<Job>(owner.key, &job.name, &job.uid);
     tracing::info!(job = job.name, running = job.running, "deleted an attempt");
     Ok(())
 }
@@ -182,9 +186,10 @@ async fn set_suspend(client: &Client, owner: &Owner<'_>, job: &JobRef, suspend: 
         ..PatchParams::default()
     };
     tracing::info!(job = job.name, suspend, "changing an attempt");
-    Ok(api::<Job>(client, owner)
-        .patch(&job.name, &params, &Patch::Merge(patch))
-        .await?)
+    let jobs = api::<Job>(client, owner);
+    let job = jobs.patch(&job.name, &params, &Patch::Merge(patch)).await?;
+    owner.caches.wrote(owner.key, &job);
+    Ok(job)
 }
 
 async fn create_config_map(client: &Client, owner: &Owner<'_>, wanted: &ConfigMap) -> Result<(), Error> {
@@ -213,12 +218,16 @@ async fn create_job(client: &Client, owner: &Owner<'_>, wanted: &Job) -> Result<
     match jobs.create(&create_params(), wanted).await {
         Ok(job) => {
             tracing::info!(job = job.name_any(), "started an attempt");
+            owner.caches.wrote(owner.key, &job);
             Ok(job)
         }
         Err(kube::Error::Api(status)) if status.code == 409 => {
             let there = jobs.get(&wanted.name_any()).await?;
             match is_owned_by(&there, owner.uid) && there.metadata.deletion_timestamp.is_none() {
-                true => Ok(there),
+                true => {
+                    owner.caches.wrote(owner.key, &there);
+                    Ok(there)
+                }
                 false => Err(taken(wanted, &there)),
             }
         }
@@ -241,7 +250,7 @@ where
 /// Deletes an object that is not wanted any more, if it is ours.
 async fn prune<K>(client: &Client, owner: &Owner<'_>, there: Option<&K>) -> Result<(), Error>
 where
-    K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + DeserializeOwned + Debug,
+    K: Cached + Resource<Scope = NamespaceResourceScope> + Clone + Debug,
 {
     let ours = |there: &&K| is_owned_by(*there, owner.uid) && there.meta().deletion_timestamp.is_none();
     let Some(there) = there.filter(ours) else {
@@ -249,23 +258,28 @@ where
     };
     tracing::info!(kind = %K::kind(&()), name = there.name_any(), "pruning");
     let params = delete_params(there.uid(), PropagationPolicy::Background);
-    gone(
-        api::<K>(client, owner)
-            .delete(&there.name_any(), &params)
-            .await
-            .map(drop),
-    )
+    let name = there.name_any();
+    gone(api::<K>(client, owner).delete(&name, &params).await.map(drop))?;
+    let uid = there.meta().uid.as_deref().unwrap_or_default();
+    owner.caches.deleted::<K>(owner.key, &name, uid);
+    Ok(())
 }
 
 /// Server-side apply of a whole object, if it is not yet as wanted.
 async fn apply_whole<K>(client: &Client, owner: &Owner<'_>, mut wanted: K, there: Option<&K>) -> Result<K, Error>
 where
-    K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + DeserializeOwned + Serialize + Debug,
+    K: Cached + Resource<Scope = NamespaceResourceScope> + Clone + Serialize + Debug,
 {
     let name = wanted.name_any();
     let hash = hash_canonical(&wanted);
     wanted.annotations_mut().insert(labels::APPLIED.into(), hash);
-    if let Some(there) = there {
+    let objects = api::<K>(client, owner);
+    // The caches hold what has our labels: an object of others may be in the place all the same.
+    let unlabelled = match there {
+        Some(_) => None,
+        None => objects.get_opt(&name).await?,
+    };
+    if let Some(there) = there.or(unlabelled.as_ref()) {
         if !is_owned_by(there, owner.uid) || there.meta().deletion_timestamp.is_some() {
             return Err(taken(&wanted, there));
         }
@@ -276,7 +290,7 @@ where
     }
     tracing::info!(kind = %K::kind(&()), name, "applying");
     let params = PatchParams::apply(FIELD_MANAGER).force();
-    Ok(api::<K>(client, owner)
-        .patch(&name, &params, &Patch::Apply(&wanted))
-        .await?)
+    let applied = objects.patch(&name, &params, &Patch::Apply(&wanted)).await?;
+    owner.caches.wrote(owner.key, &applied);
+    Ok(applied)
 }

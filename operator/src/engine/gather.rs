@@ -1,8 +1,7 @@
-//! From a resource to what surrounds it. Everything is read from the server at the moment of the decision, nothing
-//! from a cache: no decision can be older than our own last write.
+//! From a resource to what surrounds it, by the caches or by the server.
 //!
-//! The watches (see [`super::watch`]) hold metadata only and say *that* something changed. So an object that cannot be
-//! parsed is an error of its own reconcile, never the end of a watch.
+//! Most decisions find that nothing is to be done, and cost no request: they read the caches. What would do harm on an
+//! old cache is read from the server at the moment of the decision; [`super::reconcile`] says which that is.
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;
@@ -13,7 +12,8 @@ use kube::{Api, Client, Resource, ResourceExt};
 use serde::de::DeserializeOwned;
 use strata_api::{AlignmentJob, Dataset, InferenceService, PretrainJob};
 
-use super::kind::{Kind, Observed, Ref, Refused, ResourceKind, Upstream};
+use super::cache::{Cached, Caches};
+use super::kind::{Key, Kind, Observed, Ref, Refused, ResourceKind, Upstream};
 use super::progress::Poller;
 use crate::run::attempt;
 use crate::workload::labels;
@@ -21,31 +21,95 @@ use crate::workload::labels;
 /// Most resources that are followed from reference to reference.
 const MAX_UPSTREAMS: usize = 256;
 
-/// Reads what surrounds `resource`.
+/// Where objects are read.
+#[derive(Clone, Copy)]
+pub enum Source<'a> {
+    /// What the watches told last.
+    Caches(&'a Caches),
+    /// What is now.
+    Server(&'a Client),
+}
+
+impl Source<'_> {
+    /// The object with this name.
+    ///
+    /// # Errors
+    /// The server's, or that the object does not parse.
+    pub async fn get<O>(self, namespace: &str, name: &str) -> Result<Option<O>, kube::Error>
+    where
+        O: Cached + Resource<Scope = NamespaceResourceScope> + Clone + Debug,
+    {
+        match self {
+            Self::Caches(caches) => caches.get(namespace, name),
+            Self::Server(client) => get(client, namespace, name).await,
+        }
+    }
+
+    /// The objects whose labels name `key`.
+    ///
+    /// # Errors
+    /// The server's, or that one does not parse.
+    pub async fn owned<O>(self, key: &Key) -> Result<Vec<O>, kube::Error>
+    where
+        O: Cached + Resource<Scope = NamespaceResourceScope> + Clone + Debug,
+    {
+        match self {
+            Self::Caches(caches) => caches.owned(key),
+            Self::Server(client) => {
+                let selector = format!("{}={},{}={}", labels::KIND, key.kind.name(), labels::NAME, key.name);
+                let ours = ListParams::default().labels(&selector);
+                let api: Api<O> = Api::namespaced(client.clone(), &key.namespace);
+                Ok(api.list(&ours).await?.items)
+            }
+        }
+    }
+
+    /// The objects of a namespace that belong to none of the four kinds.
+    ///
+    /// # Errors
+    /// The server's, or that one does not parse.
+    async fn others<O>(self, namespace: &str) -> Result<Vec<O>, kube::Error>
+    where
+        O: Cached + Resource<Scope = NamespaceResourceScope> + Clone + Debug,
+    {
+        match self {
+            Self::Caches(caches) => caches.others(namespace),
+            Self::Server(client) => {
+                let selector = format!("{}!={}", labels::KIND, ResourceKind::InferenceService.name());
+                let others = ListParams::default().labels(&selector);
+                let api: Api<O> = Api::namespaced(client.clone(), namespace);
+                Ok(api.list(&others).await?.items)
+            }
+        }
+    }
+}
+
+/// Reads what surrounds `resource`, whose key is `key`.
 ///
 /// # Errors
-/// The server's.
-pub async fn gather<K: Kind>(client: &Client, resource: &K, poller: &Poller) -> Result<Observed, kube::Error> {
-    let namespace = resource.namespace().unwrap_or_default();
-    let name = resource.name_any();
+/// The server's, or that an object does not parse.
+pub async fn gather<K: Kind>(
+    source: Source<'_>,
+    key: &Key,
+    resource: &K,
+    poller: &Poller,
+) -> Result<Observed, kube::Error> {
+    let (namespace, name) = (&key.namespace, &key.name);
     let uid = resource.uid().unwrap_or_default();
-    let selector = format!("{}={},{}={name}", labels::KIND, K::KIND.name(), labels::NAME);
-    let ours = ListParams::default().labels(&selector);
-
-    let upstream = upstream(client, &namespace, resource.refs()).await?;
-    let mut jobs = Api::namespaced(client.clone(), &namespace).list(&ours).await?.items;
+    let upstream = upstream(source, namespace, resource.refs()).await?;
+    // Jobs before pods: a Job that has ended is then never seen with a pod of before.
+    let mut jobs = source.owned(key).await?;
     jobs.retain(|job| is_owned_by(job, &uid));
-    let pods = Api::namespaced(client.clone(), &namespace).list(&ours).await?.items;
+    let pods = source.owned(key).await?;
     let (mut deployment, mut service) = (None, None);
     let (mut budget, mut budgets) = (None, Vec::new());
     if K::SERVES {
-        deployment = Api::namespaced(client.clone(), &namespace).get_opt(&name).await?;
-        service = Api::namespaced(client.clone(), &namespace).get_opt(&name).await?;
+        deployment = source.get(namespace, name).await?;
+        service = source.get(namespace, name).await?;
     }
     if deployment.is_some() {
-        let all = Api::namespaced(client.clone(), &namespace);
-        budget = all.get_opt(&name).await?;
-        budgets = all.list(&ListParams::default().labels(&not_ours())).await?.items;
+        budget = source.get(namespace, name).await?;
+        budgets = source.others(namespace).await?;
     }
     let running = jobs
         .iter()
@@ -54,7 +118,7 @@ pub async fn gather<K: Kind>(client: &Client, resource: &K, poller: &Poller) -> 
         .filter(|pod| attempt::is_running(pod));
     let mut progress = BTreeMap::new();
     for pod in running {
-        if let (Some(uid), Some(said)) = (pod.uid(), poller.ask(pod).await) {
+        if let (Some(uid), Some(said)) = (pod.uid(), poller.ask(pod, key)) {
             progress.insert(uid, said);
         }
     }
@@ -71,11 +135,6 @@ pub async fn gather<K: Kind>(client: &Client, resource: &K, poller: &Poller) -> 
     })
 }
 
-/// Selects the objects that belong to no InferenceService.
-fn not_ours() -> String {
-    format!("{}!={}", labels::KIND, ResourceKind::InferenceService.name())
-}
-
 /// Whether the resource with this UID owns `object`.
 pub fn is_owned_by<O: Resource>(object: &O, uid: &str) -> bool {
     let owners = object.meta().owner_references.as_deref().unwrap_or_default();
@@ -83,14 +142,14 @@ pub fn is_owned_by<O: Resource>(object: &O, uid: &str) -> bool {
 }
 
 /// What `refs` name. What an AlignmentJob refers to in turn is followed, as it may lead back.
-async fn upstream(client: &Client, namespace: &str, refs: Vec<Ref>) -> Result<BTreeMap<Ref, Upstream>, kube::Error> {
+async fn upstream(source: Source<'_>, namespace: &str, refs: Vec<Ref>) -> Result<BTreeMap<Ref, Upstream>, kube::Error> {
     let mut found = BTreeMap::new();
     let mut open = refs;
     while let Some(next) = open.pop() {
         if found.contains_key(&next) || found.len() >= MAX_UPSTREAMS {
             continue;
         }
-        let Some(upstream) = read(client, namespace, &next).await? else {
+        let Some(upstream) = read(source, namespace, &next).await? else {
             continue;
         };
         let chain = upstream.refs.iter().filter(|to| to.kind == ResourceKind::AlignmentJob);
@@ -100,17 +159,17 @@ async fn upstream(client: &Client, namespace: &str, refs: Vec<Ref>) -> Result<BT
     Ok(found)
 }
 
-async fn read(client: &Client, namespace: &str, to: &Ref) -> Result<Option<Upstream>, kube::Error> {
+async fn read(source: Source<'_>, namespace: &str, to: &Ref) -> Result<Option<Upstream>, kube::Error> {
     match to.kind {
-        ResourceKind::Dataset => read_as::<Dataset>(client, namespace, &to.name).await,
-        ResourceKind::PretrainJob => read_as::<PretrainJob>(client, namespace, &to.name).await,
-        ResourceKind::AlignmentJob => read_as::<AlignmentJob>(client, namespace, &to.name).await,
-        ResourceKind::InferenceService => read_as::<InferenceService>(client, namespace, &to.name).await,
+        ResourceKind::Dataset => read_as::<Dataset>(source, namespace, &to.name).await,
+        ResourceKind::PretrainJob => read_as::<PretrainJob>(source, namespace, &to.name).await,
+        ResourceKind::AlignmentJob => read_as::<AlignmentJob>(source, namespace, &to.name).await,
+        ResourceKind::InferenceService => read_as::<InferenceService>(source, namespace, &to.name).await,
     }
 }
 
-async fn read_as<K: Kind>(client: &Client, namespace: &str, name: &str) -> Result<Option<Upstream>, kube::Error> {
-    let found: Option<K> = get(client, namespace, name).await?;
+async fn read_as<K: Kind>(source: Source<'_>, namespace: &str, name: &str) -> Result<Option<Upstream>, kube::Error> {
+    let found: Option<K> = source.get(namespace, name).await?;
     Ok(found.map(|resource| resource.upstream()))
 }
 

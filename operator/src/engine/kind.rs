@@ -20,6 +20,8 @@ use serde::de::DeserializeOwned;
 use strata_api::{ArtifactStatus, InferenceServiceStatus, Reason, RunStatus};
 use strata_contract::{Progress, Task, Uri};
 
+use super::cache::Cached;
+
 /// The four kinds, in the order of a model's life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ResourceKind {
@@ -270,7 +272,8 @@ impl Status for InferenceServiceStatus {
 
 /// A kind: pure decisions.
 pub trait Kind:
-    Resource<DynamicType = (), Scope = NamespaceResourceScope>
+    Cached
+    + Resource<DynamicType = (), Scope = NamespaceResourceScope>
     + HasStatus<Status: Status>
     + Clone
     + fmt::Debug

@@ -2,15 +2,18 @@
 
 pub mod apply;
 pub mod backoff;
+pub mod cache;
 pub mod gather;
 pub mod guard;
 pub mod index;
 pub mod kind;
 pub mod progress;
+pub mod queue;
 pub mod reconcile;
 pub mod same;
 pub mod status;
 pub mod watch;
+pub mod work;
 
 #[cfg(test)]
 pub(crate) mod tests;

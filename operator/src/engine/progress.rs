@@ -1,33 +1,43 @@
-//! What a running pod says about its progress, asked seldom, and briefly.
+//! What a running pod says about its progress, asked seldom, and briefly. No reconcile waits for the answer: it wakes one.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt;
 use reqwest::redirect::Policy;
 use strata_contract::{Progress, STAGE_PORT};
+use tokio::sync::Semaphore;
 
+use super::kind::Key;
+use super::watch::Wake;
 use crate::run::report::PROGRESS_PERIOD;
 
 /// Longest time for an answer.
 const TIMEOUT: Duration = Duration::from_secs(2);
 /// Largest answer in bytes.
 const LIMIT_BYTES: usize = 64 * 1024;
+/// Pods that are asked at a time.
+const CONCURRENCY: usize = 32;
 /// A timer that is a little early must not skip a whole period.
 const SLACK: Duration = Duration::from_secs(1);
 
 /// Asks pods, each at most once in [`PROGRESS_PERIOD`].
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Poller {
     http: reqwest::Client,
-    answers: Mutex<HashMap<String, (Instant, Option<Progress>)>>,
+    answers: Arc<Mutex<HashMap<String, Answer>>>,
+    places: Arc<Semaphore>,
+    wake: Wake,
 }
 
-impl Default for Poller {
+/// When a pod was asked last, and what it said last.
+type Answer = (Instant, Option<Progress>);
+
+impl Poller {
     /// A pod is whatever its user makes of it: it sends the operator nowhere else, and no proxy stands in between.
-    fn default() -> Self {
+    pub fn new(wake: Wake) -> Self {
         // It speaks no TLS, but a client is not made without; it fails where one is installed already, which is as good.
         let _ = tokio_rustls::rustls::crypto::ring::default_provider().install_default();
         let http = reqwest::Client::builder().redirect(Policy::none()).no_proxy();
@@ -35,46 +45,52 @@ impl Default for Poller {
             http: http
                 .build()
                 .expect("without TLS and proxies there is nothing to set up"),
-            answers: Mutex::default(),
+            answers: Arc::default(),
+            places: Arc::new(Semaphore::new(CONCURRENCY)),
+            wake,
         }
     }
-}
 
-impl Poller {
-    /// What `pod` says now, or what it said less than a period ago.
-    pub async fn ask(&self, pod: &Pod) -> Option<Progress> {
+    /// What `pod` said last. If that was a period ago it is asked again, and what it says then wakes `key`.
+    pub fn ask(&self, pod: &Pod, key: &Key) -> Option<Progress> {
         let uid = pod.uid()?;
         let address = pod.status.as_ref()?.pod_ip.clone()?;
         let now = Instant::now();
-        {
-            let mut answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
-            answers.retain(|_, (time, _)| now.duration_since(*time) < PROGRESS_PERIOD * 10);
-            if let Some((time, answer)) = answers.get(&uid)
-                && now.duration_since(*time) + SLACK < PROGRESS_PERIOD
-            {
-                return answer.clone();
-            }
-            // Claimed before the question, so that nobody else asks meanwhile.
-            let before = answers.get(&uid).and_then(|(_, answer)| answer.clone());
-            answers.insert(uid.clone(), (now, before));
-        }
-        let answer = match tokio::time::timeout(TIMEOUT, self.fetch(&url(&address))).await {
-            Ok(Ok(progress)) => Some(progress),
-            Ok(Err(error)) => {
-                tracing::debug!(pod = pod.name_any(), %error, "no progress from the pod");
-                None
-            }
-            Err(_) => {
-                tracing::debug!(pod = pod.name_any(), "no progress from the pod in time");
-                None
-            }
-        };
         let mut answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
-        let entry = answers.entry(uid).or_insert((now, None));
-        if answer.is_some() {
-            entry.1 = answer;
+        let before = answers.get(&uid).and_then(|(_, answer)| answer.clone());
+        let is_fresh = |(time, _): &Answer| now.duration_since(*time) + SLACK < PROGRESS_PERIOD;
+        if answers.get(&uid).is_some_and(is_fresh) {
+            return before;
         }
-        entry.1.clone()
+        // With so many that do not answer, this one has its turn a period later.
+        let Ok(place) = self.places.clone().try_acquire_owned() else {
+            return before;
+        };
+        answers.retain(|_, (time, _)| now.duration_since(*time) < PROGRESS_PERIOD * 10);
+        // Claimed before the question, so that nobody else asks meanwhile.
+        answers.insert(uid.clone(), (now, before.clone()));
+        drop(answers);
+        let (poller, key, name) = (self.clone(), key.clone(), pod.name_any());
+        tokio::spawn(async move {
+            let answer = tokio::time::timeout(TIMEOUT, poller.fetch(&url(&address))).await;
+            drop(place);
+            match answer {
+                Ok(Ok(progress)) => poller.answered(&uid, progress, key),
+                Ok(Err(error)) => tracing::debug!(pod = name, %error, "no progress from the pod"),
+                Err(_) => tracing::debug!(pod = name, "no progress from the pod in time"),
+            }
+        });
+        before
+    }
+
+    fn answered(&self, uid: &str, progress: Progress, key: Key) {
+        let mut answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some((_, known)) = answers.get_mut(uid) else { return };
+        if known.as_ref() != Some(&progress) {
+            *known = Some(progress);
+            drop(answers);
+            self.wake.wake(key);
+        }
     }
 
     async fn fetch(&self, url: &str) -> Result<Progress, FetchError> {
@@ -125,7 +141,7 @@ mod tests {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("an address");
         let server = tokio::spawn(async move { axum::serve(listener, router).await });
-        let poller = Poller::default();
+        let poller = Poller::new(Wake::default());
         let at = |path: &str| format!("http://{address}{path}");
         let said = poller.fetch(&at("/progress")).await.expect("progress");
         assert_eq!((said.done, said.total), (1, 2));

@@ -5,19 +5,20 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use k8s_openapi::jiff::Timestamp;
-use kube::runtime::controller::Action;
+use kube::core::object::HasStatus;
 use kube::runtime::events::Recorder;
 use kube::{Client, ResourceExt};
-use strata_api::Reason;
+use strata_api::{Reason, RunStatus};
 
 use super::apply::{Owner, apply};
 use super::backoff::Failures;
-use super::gather::{gather, get};
+use super::cache::Caches;
+use super::gather::{Source, gather};
 use super::guard::NotLeading;
 use super::index::Index;
-use super::kind::{Env, Key, Kind, Status};
+use super::kind::{Env, Key, Kind, Observed, Planned, Refusal, Status};
 use super::progress::Poller;
-use super::status;
+use super::{status, work};
 use crate::metrics::Metrics;
 
 /// Longest time for one reconcile: a server that accepts connections and never answers must not hold a place for ever.
@@ -25,12 +26,17 @@ const STEP_TIMEOUT: Duration = Duration::from_secs(60);
 /// Pause after which a resource is looked at even if nothing woke it: a lost event costs this long, not for ever.
 const RESYNC: Duration = Duration::from_secs(600);
 
+/// How long a cache may lag behind our own last write before the server is read instead.
+const PATIENCE: Duration = Duration::from_secs(5);
+
 /// What every reconcile needs.
 pub struct Context {
     /// The guarded client.
     pub client: Client,
     /// The operator's settings.
     pub env: Env,
+    /// What the watches told.
+    pub caches: Caches,
     /// Who refers to whom.
     pub index: Arc<Index>,
     /// Who failed how often.
@@ -74,54 +80,124 @@ impl Error {
     }
 }
 
-/// Brings one resource closer to what its spec wants.
+/// Brings one resource closer to what its spec wants. Returns when to look again if nothing wakes it.
 ///
 /// # Errors
 /// What ended it early.
-pub async fn reconcile<K: Kind>(key: &Key, context: &Context) -> Result<Action, Error> {
+pub async fn reconcile<K: Kind>(key: &Key, context: &Context) -> Result<Option<Duration>, Error> {
     let started = Instant::now();
-    let result = tokio::time::timeout(STEP_TIMEOUT, step::<K>(key, context))
-        .await
-        .unwrap_or(Err(Error::Timeout));
+    let (result, own_work) = work::measure(Box::pin(step::<K>(key, context)), STEP_TIMEOUT).await;
+    let result = result.unwrap_or(Err(Error::Timeout));
     let label = result.as_ref().map_or_else(Error::reason, |_| "ok");
-    context.metrics.reconciled(key.kind, label, started.elapsed());
+    context.metrics.reconciled(key.kind, label, started.elapsed(), own_work);
     result
 }
 
-async fn step<K: Kind>(key: &Key, context: &Context) -> Result<Action, Error> {
-    let client = &context.client;
-    let Some(resource) = get::<K>(client, &key.namespace, &key.name).await? else {
-        forget(key, context);
-        return Ok(Action::await_change());
+async fn step<K: Kind>(key: &Key, context: &Context) -> Result<Option<Duration>, Error> {
+    let caches = Source::Caches(&context.caches);
+    let server = Source::Server(&context.client);
+    let source = match context.caches.unseen(key) {
+        None => caches,
+        // The event that shows it wakes this resource, long before.
+        Some(unseen) if unseen < PATIENCE => return Ok(Some(PATIENCE)),
+        // A watch that hangs costs requests, not progress.
+        Some(_) => server,
     };
-    // Before anything else is read: what is published from now on wakes this resource.
-    context.index.set(key, &resource.refs());
-    if resource.meta().deletion_timestamp.is_some() {
-        return Ok(Action::await_change());
+    let mut decision = Box::pin(decide::<K>(source, key, context)).await?;
+    if let (Source::Caches(_), Some(cached)) = (source, &decision)
+        && does_harm_if_old(cached)
+    {
+        decision = Box::pin(decide::<K>(server, key, context)).await?;
     }
+    let Some(Decision {
+        resource,
+        observed,
+        checked,
+        planned,
+        ..
+    }) = decision
+    else {
+        return Ok(None);
+    };
 
-    let observed = gather(client, &resource, &context.poller).await?;
-    let checked = resource.check(&observed, &context.env);
-    let planned = resource.plan(&checked, &observed, Timestamp::now());
     let uid = resource.uid().unwrap_or_default();
     let owner = Owner {
-        namespace: &key.namespace,
+        key,
         uid: &uid,
+        caches: &context.caches,
     };
-    let applied = apply(client, &owner, planned, &observed).await?;
+    let applied = apply(&context.client, &owner, planned, &observed).await?;
     let observed = observed.with(applied);
     let outcome = resource.report(&checked, &observed, Timestamp::now());
 
     let transitions = status::transitions(resource.status().map(Status::run_status), outcome.status.run_status());
     context.metrics.ready(key, status::ready(&outcome.status));
-    if status::write(client, &resource, outcome.status).await? {
+    if status::write(&context.client, &context.caches, &resource, outcome.status).await? {
         context.metrics.status_written(key.kind);
         status::publish(&context.recorder, &resource, &transitions).await;
     }
     if let Some((reason, message)) = observed.refused.run.or(observed.refused.serving) {
         return Err(Error::Refused(reason, message));
     }
-    Ok(Action::requeue(outcome.requeue.unwrap_or_else(|| resync(key))))
+    Ok(Some(outcome.requeue.unwrap_or_else(|| resync(key))))
+}
+
+/// What is to be done about a resource, and on what that stands.
+struct Decision<K: Kind> {
+    resource: K,
+    observed: Observed,
+    checked: Result<K::Checked, Refusal>,
+    planned: Planned,
+    /// What would be said if the plan were empty.
+    said: <K as HasStatus>::Status,
+}
+
+/// `None`: the resource is gone, or going.
+async fn decide<K: Kind>(source: Source<'_>, key: &Key, context: &Context) -> Result<Option<Decision<K>>, Error> {
+    let Some(resource) = source.get::<K>(&key.namespace, &key.name).await? else {
+        forget(key, context);
+        return Ok(None);
+    };
+    // Before anything else is read: what is published from now on wakes this resource.
+    context.index.set(key, &resource.refs());
+    if resource.meta().deletion_timestamp.is_some() {
+        return Ok(None);
+    }
+    let observed = gather(source, key, &resource, &context.poller).await?;
+    let checked = resource.check(&observed, &context.env);
+    let now = Timestamp::now();
+    let planned = resource.plan(&checked, &observed, now);
+    let said = resource.report(&checked, &observed, now).status;
+    Ok(Some(Decision {
+        resource,
+        observed,
+        checked,
+        planned,
+        said,
+    }))
+}
+
+/// What must not be decided on a cache: another cache may be ahead of it, so that a Job or a pod that runs seems to be
+/// gone. The rest does no harm: a first attempt has a name that exists once, what is applied is the same each time, and a
+/// status is written onto the version that was read.
+fn does_harm_if_old<K: Kind>(decision: &Decision<K>) -> bool {
+    let Decision {
+        resource,
+        observed,
+        planned,
+        said,
+        ..
+    } = decision;
+    let none = RunStatus::default();
+    let before = resource.status().map_or(&none, Status::run_status);
+    let failure = |status: &RunStatus| status.run.as_ref().and_then(|run| run.failure.clone());
+    let said_run = said.run_status();
+
+    let takes_away = !planned.delete.is_empty() || !planned.suspend.is_empty();
+    let starts_again = planned.start.is_some() && before.run.is_some();
+    let judges_an_end = failure(said_run).is_some() && failure(said_run) != failure(before);
+    let misses_an_input = resource.refs().iter().any(|to| !observed.upstream.contains_key(to));
+    takes_away || starts_again || judges_an_end || (misses_an_input && resource.status() != Some(said))
 }
 
 /// [`RESYNC`] and up to a fifth more, by the key, so that not all come at once.
@@ -136,4 +212,5 @@ pub fn forget(key: &Key, context: &Context) {
     context.index.remove(key);
     context.metrics.forget(key);
     context.failures.clear(key);
+    context.caches.forget(key);
 }

@@ -8,7 +8,8 @@ use kube::{Api, Client, Resource, ResourceExt};
 use strata_api::{AttemptOutcome, RunStatus, Verdict};
 
 use super::apply::FIELD_MANAGER;
-use super::kind::{Kind, Status};
+use super::cache::{Caches, place};
+use super::kind::{Key, Kind, Status};
 use super::reconcile::Error;
 use crate::metrics::Ready;
 use crate::run::conditions::reason;
@@ -23,19 +24,31 @@ const NOTE_LIMIT_BYTES: usize = 1000;
 ///
 /// # Errors
 /// The server's; a conflict means that the resource changed meanwhile.
-pub async fn write<K: Kind>(client: &Client, resource: &K, status: <K as HasStatus>::Status) -> Result<bool, Error> {
+pub async fn write<K: Kind>(
+    client: &Client,
+    caches: &Caches,
+    resource: &K,
+    status: <K as HasStatus>::Status,
+) -> Result<bool, Error> {
     if resource.status() == Some(&status) {
         return Ok(false);
     }
     let mut next = resource.clone();
     *next.status_mut() = Some(status);
     next.managed_fields_mut().clear();
-    let api: Api<K> = Api::namespaced(client.clone(), &resource.namespace().unwrap_or_default());
+    let (namespace, name) = place(resource);
+    let api: Api<K> = Api::namespaced(client.clone(), &namespace);
     let params = PostParams {
         field_manager: Some(FIELD_MANAGER.into()),
         ..PostParams::default()
     };
-    api.replace_status(&resource.name_any(), &params, &next).await?;
+    let written = api.replace_status(&name, &params, &next).await?;
+    let key = Key {
+        kind: K::KIND,
+        namespace,
+        name,
+    };
+    caches.wrote(&key, &written);
     Ok(true)
 }
 

@@ -1,31 +1,33 @@
 //! The engine against an API server in memory: a crash after every write leads to the same end.
 
+mod caches;
 pub mod server;
+mod watches;
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use kube::client::ClientBuilder;
-use kube::runtime::controller::Action;
 use kube::runtime::events::{Recorder, Reporter};
 use serde_json::json;
 use strata_api::{Dataset, InferenceService, PretrainJob};
 
 use super::backoff::Failures;
+use super::cache::Caches;
 use super::guard::{GuardLayer, Leadership};
-use super::kind::{Key, ResourceKind};
+use super::kind::ResourceKind;
+use super::progress::Poller;
 use super::reconcile::{Context, reconcile};
-use super::watch::{Wake, Watches};
-use super::{index::Index, progress::Poller};
+use super::watch::Wake;
 use crate::fixtures::{dataset, env, inference, key, pretrain};
 use crate::metrics::Metrics;
+use caches::Follower;
 use server::Server;
 
 /// Rounds of reconciles and controllers in which every run of these tests comes to its end.
 const ROUNDS: usize = 30;
 
-/// An operator that has just started: nothing in memory.
-fn operator(server: &Arc<Server>, leads: bool) -> Context {
+/// What an operator has in memory that has just started: nothing.
+fn context(server: &Arc<Server>, leads: bool) -> Context {
     let leadership = Leadership::default();
     leadership.set(leads);
     let client = ClientBuilder::new(server.service(), "ns")
@@ -38,12 +40,18 @@ fn operator(server: &Arc<Server>, leads: bool) -> Context {
     Context {
         client: client.clone(),
         env: env(),
+        caches: Caches::default(),
         index: Arc::default(),
         failures: Failures::default(),
-        poller: Poller::default(),
+        poller: Poller::new(Wake::default()),
         recorder: Recorder::new(client, reporter),
         metrics: Arc::new(Metrics::new().expect("metrics register")),
     }
+}
+
+/// An operator that has just started and listed everything; its watches tell it all at once.
+fn operator(server: &Arc<Server>, leads: bool) -> Follower {
+    Follower::start(server, context(server, leads))
 }
 
 /// A server with a Dataset, a PretrainJob on it whose first attempt fails, and a service of its model.
@@ -57,27 +65,35 @@ fn world() -> Arc<Server> {
 }
 
 /// One reconcile of each resource; whether all went well.
-async fn round(context: &Context) -> bool {
-    let results = [
-        reconcile::<Dataset>(&key(ResourceKind::Dataset, "plays"), context)
-            .await
-            .is_ok(),
-        reconcile::<PretrainJob>(&key(ResourceKind::PretrainJob, "bard"), context)
-            .await
-            .is_ok(),
-        reconcile::<InferenceService>(&key(ResourceKind::InferenceService, "chat"), context)
-            .await
-            .is_ok(),
-    ];
-    results.iter().all(|ok| *ok)
+async fn round(operator: &mut Follower) -> bool {
+    let mut all = true;
+    for (kind, name) in [
+        (ResourceKind::Dataset, "plays"),
+        (ResourceKind::PretrainJob, "bard"),
+        (ResourceKind::InferenceService, "chat"),
+    ] {
+        operator.follow();
+        all &= reconcile_one(&operator.context, kind, name).await;
+    }
+    all
+}
+
+async fn reconcile_one(context: &Context, kind: ResourceKind, name: &str) -> bool {
+    let key = key(kind, name);
+    let result = match kind {
+        ResourceKind::Dataset => reconcile::<Dataset>(&key, context).await,
+        ResourceKind::PretrainJob => reconcile::<PretrainJob>(&key, context).await,
+        _ => reconcile::<InferenceService>(&key, context).await,
+    };
+    result.is_ok()
 }
 
 /// Reconciles until the end; an operator that meets an error is replaced by a new one.
 async fn live(server: &Arc<Server>) {
-    let mut context = operator(server, true);
+    let mut operator = self::operator(server, true);
     for _ in 0..ROUNDS {
-        if !round(&context).await {
-            context = operator(server, true);
+        if !round(&mut operator).await {
+            operator = self::operator(server, true);
         }
         server.controllers();
     }
@@ -123,7 +139,7 @@ async fn when_all_is_done_nothing_is_written() {
     let before = server.writes();
     for _ in 0..10 {
         // Each time a new operator: nothing may hang on what one has in memory.
-        assert!(round(&operator(&server, true)).await);
+        assert!(round(&mut operator(&server, true)).await);
     }
     assert_eq!(server.writes(), before);
 }
@@ -132,9 +148,10 @@ async fn when_all_is_done_nothing_is_written() {
 async fn the_metrics_say_what_needs_a_person_until_it_is_put_right() {
     let server = world();
     live(&server).await;
-    let context = operator(&server, true);
+    let mut operator = operator(&server, true);
+    let metrics = operator.context.metrics.clone();
     let series = || {
-        let text = context.metrics.render().expect("metrics are written");
+        let text = metrics.render().expect("metrics are written");
         let ours = text.lines().filter(|line| line.starts_with("strata_resources{"));
         ours.map(str::to_owned).collect::<Vec<_>>()
     };
@@ -145,23 +162,23 @@ async fn the_metrics_say_what_needs_a_person_until_it_is_put_right() {
         line("Dataset", "True", "Published"),
         line("PretrainJob", "True", "Published"),
     ];
-    assert!(round(&context).await);
+    assert!(round(&mut operator).await);
     let good = line("InferenceService", "True", "Serving");
     assert_eq!(series(), [others[0].clone(), good.clone(), others[1].clone()]);
     server.remove("services/chat");
     server.refuse("services", Some((422, "no room")));
-    assert!(!round(&context).await);
+    assert!(!round(&mut operator).await);
     let bad = line("InferenceService", "False", "Refused");
     assert_eq!(series(), [others[0].clone(), bad, others[1].clone()]);
     server.refuse("services", None);
-    assert!(round(&context).await);
+    assert!(round(&mut operator).await);
     assert_eq!(series(), [others[0].clone(), good, others[1].clone()]);
 }
 
 #[tokio::test]
 async fn who_does_not_lead_writes_nothing() {
     let server = world();
-    assert!(!round(&operator(&server, false)).await);
+    assert!(!round(&mut operator(&server, false)).await);
     assert_eq!(server.writes(), 0);
 }
 
@@ -252,7 +269,8 @@ async fn what_the_server_refuses_is_said_tried_again_and_disturbs_nothing_else()
         );
         assert_eq!(condition(&server, "datasets/plays", "Ready").0, "Refused");
         let before = server.writes();
-        let error = reconcile::<Dataset>(&key(ResourceKind::Dataset, "plays"), &operator(&server, true)).await;
+        let operator = operator(&server, true);
+        let error = reconcile::<Dataset>(&key(ResourceKind::Dataset, "plays"), &operator.context).await;
         assert_eq!(error.expect_err("it is tried again").reason(), "Refused");
         // Its ConfigMap is there already.
         assert_eq!(server.writes(), before, "the same is not said twice");
@@ -284,76 +302,22 @@ fn condition(server: &Server, key: &str, kind: &str) -> (String, String) {
     (text("reason"), text("message"))
 }
 
-/// The next wake-up.
-async fn woken(queue: &mut tokio::sync::mpsc::Receiver<Key>) -> String {
-    let next = tokio::time::timeout(Duration::from_secs(20), queue.recv()).await;
-    next.expect("a wake-up in time").expect("the queue is open").name
-}
-
-#[tokio::test]
-async fn what_no_watch_told_is_seen_after_the_next_list() {
-    let server = world();
-    let context = Arc::new(operator(&server, true));
-    let (wake, mut queues) = Wake::new();
-    let watches = Watches {
-        client: context.client.clone(),
-        namespace: Some("ns".into()),
-        wake,
-        index: context.index.clone(),
-    };
-    let (store, writer) = kube::runtime::reflector::store();
-    let mut tasks = tokio::task::JoinSet::new();
-    tasks.spawn(
-        watches
-            .clone()
-            .resources::<Dataset>(writer, context.clone(), tokio::sync::oneshot::channel().0),
-    );
-    let mut datasets = queues.remove(&ResourceKind::Dataset).expect("a queue");
-    let mut pretrains = queues.remove(&ResourceKind::PretrainJob).expect("a queue");
-    assert_eq!(woken(&mut datasets).await, "plays");
-    assert!(round(&context).await);
-    context.failures.pause(&key(ResourceKind::Dataset, "plays"));
-
-    server.remove("datasets/plays");
-    server.add("datasets", json!(dataset("more", json!({}))));
-    server.lose_events("datasets");
-    assert_eq!(woken(&mut datasets).await, "more");
-    let names: Vec<_> = store
-        .state()
-        .iter()
-        .map(|object| object.metadata.name.clone())
-        .collect();
-    assert_eq!(
-        names,
-        [Some("more".into())],
-        "what is woken is in the store, or it would be dropped"
-    );
-    assert_eq!(woken(&mut pretrains).await, "bard", "what it refers to has gone");
-    assert_eq!(
-        context.failures.pause(&key(ResourceKind::Dataset, "plays")),
-        Failures::default().pause(&key(ResourceKind::Dataset, "plays")),
-        "nothing is kept of what is gone"
-    );
-
-    // A Job that vanished is in no list: its resource looks at what it has.
-    tasks.spawn(watches.children::<k8s_openapi::api::batch::v1::Job>());
-    assert_eq!(woken(&mut pretrains).await, "bard");
-    server.lose_events("jobs");
-    assert_eq!(woken(&mut pretrains).await, "bard");
-}
-
 #[tokio::test]
 async fn nothing_is_waited_for_without_an_end() {
     let server = world();
     live(&server).await;
     let key = key(ResourceKind::Dataset, "plays");
-    let context = operator(&server, true);
-    let action = reconcile::<Dataset>(&key, &context).await.expect("all is done");
-    assert_ne!(action, Action::await_change(), "a lost event costs some minutes");
-    context.failures.pause(&key);
-    context.failures.pause(&key);
+    let mut operator = operator(&server, true);
+    let pause = reconcile::<Dataset>(&key, &operator.context)
+        .await
+        .expect("all is done");
+    assert!(pause.is_some(), "a lost event costs some minutes");
+    operator.context.failures.pause(&key);
+    operator.context.failures.pause(&key);
     server.remove("datasets/plays");
-    reconcile::<Dataset>(&key, &context).await.expect("it is gone");
+    operator.follow();
+    let context = &operator.context;
+    reconcile::<Dataset>(&key, context).await.expect("it is gone");
     assert_eq!(
         context.failures.pause(&key),
         Failures::default().pause(&key),
@@ -367,15 +331,14 @@ async fn a_resource_that_does_not_parse_is_an_error_of_its_own_and_wakes_go_by_r
     let mut odd = json!(dataset("odd", json!({})));
     odd["spec"] = json!({"task": "FromTheFuture"});
     server.add("datasets", odd);
-    let context = operator(&server, true);
-    let error = reconcile::<Dataset>(&key(ResourceKind::Dataset, "odd"), &context)
+    let mut operator = operator(&server, true);
+    let error = reconcile::<Dataset>(&key(ResourceKind::Dataset, "odd"), &operator.context)
         .await
         .expect_err("unparseable");
     assert_eq!(error.reason(), "Unparseable");
-    assert!(round(&context).await, "the others go on");
-    let index: &Index = &context.index;
+    assert!(round(&mut operator).await, "the others go on");
     assert_eq!(
-        index.dependents(&key(ResourceKind::Dataset, "plays")),
+        operator.context.index.dependents(&key(ResourceKind::Dataset, "plays")),
         [key(ResourceKind::PretrainJob, "bard")]
     );
 }

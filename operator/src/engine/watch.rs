@@ -1,64 +1,53 @@
-//! What wakes a reconcile. The watches hold metadata only, stripped, and tell which resource to look at:
+//! What fills the caches and wakes reconciles:
 //!
 //! ```text
 //! the four kinds ──▶ the resource itself, and those that refer to it (index)
 //! Jobs, Pods, Deployments, Services, PodDisruptionBudgets with label strata.dev/kind ──▶ the resource of their labels
 //! ```
+//!
+//! A list is read from the server in pages and consistently, never "any version": a write that was answered before the
+//! list began is in it. (kube's streaming lists begin at version 0, which may be older than our own last write.)
 
-use std::collections::HashMap;
-use std::fmt::Debug;
 use std::pin::pin;
 use std::sync::Arc;
+use std::time::Duration;
 
-use futures::{Stream, StreamExt};
+use futures::StreamExt;
 use k8s_openapi::NamespaceResourceScope;
-use kube::core::PartialObjectMeta;
 use kube::runtime::WatchStreamExt;
-use kube::runtime::controller::{self, Action, applier};
-use kube::runtime::reflector::{self, ObjectRef, Store};
 use kube::runtime::watcher::{self, Event, watcher};
-use kube::{Api, Client, Resource, ResourceExt};
-use tokio::sync::mpsc::{Receiver, Sender, channel};
-use tokio::sync::{oneshot, watch};
+use kube::{Api, Client, Resource};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 
+use super::cache::store::subject;
+use super::cache::{Cached, Object};
 use super::index::Index;
 use super::kind::{Key, Kind, ResourceKind};
+use super::queue::Queue;
 use super::reconcile::{Context, Error, forget, reconcile};
 use crate::workload::labels;
 
 /// A watch is renewed before load balancers cut it (AKS after 240 s without traffic).
 const WATCH_TIMEOUT_SECONDS: u32 = 200;
-/// Reconciles of one kind at a time.
-const CONCURRENCY: u16 = 4;
-/// Wake-ups that wait to be looked at, per kind; more make the watches wait.
-const QUEUE: usize = 1024;
+/// Objects in a page of a list: with all types at once, what is read at a time stays within some MiB.
+const PAGE_SIZE: u32 = 100;
+/// Reconciles of one kind at a time. They wait for the server most of the time.
+const CONCURRENCY: usize = 16;
 
 /// Where wake-ups go, by kind.
-#[derive(Clone, Debug)]
-pub struct Wake(Arc<HashMap<ResourceKind, Sender<Key>>>);
-
-/// The ends of [`Wake`].
-pub type Queues = HashMap<ResourceKind, Receiver<Key>>;
+#[derive(Clone, Debug, Default)]
+pub struct Wake(Arc<[Queue; ResourceKind::ALL.len()]>);
 
 impl Wake {
-    /// A queue for each kind.
-    pub fn new() -> (Self, Queues) {
-        let (mut senders, mut receivers) = (HashMap::new(), HashMap::new());
-        for kind in ResourceKind::ALL {
-            let (sender, receiver) = channel(QUEUE);
-            senders.insert(kind, sender);
-            receivers.insert(kind, receiver);
-        }
-        (Self(Arc::new(senders)), receivers)
+    /// `key` is to be looked at.
+    pub fn wake(&self, key: Key) {
+        self.queue(key.kind).wake(key);
     }
 
-    /// Has the resource looked at.
-    pub async fn wake(&self, key: Key) {
-        if let Some(sender) = self.0.get(&key.kind) {
-            // A closed queue is a kind that has stopped: nothing is to be woken.
-            let _ = sender.send(key).await;
-        }
+    /// The queue of a kind.
+    pub fn queue(&self, kind: ResourceKind) -> &Queue {
+        &self.0[kind as usize]
     }
 }
 
@@ -76,9 +65,9 @@ pub struct Watches {
 }
 
 impl Watches {
-    fn api<K>(&self) -> Api<PartialObjectMeta<K>>
+    fn api<K>(&self) -> Api<Object<K>>
     where
-        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>,
+        K: Cached + Resource<Scope = NamespaceResourceScope>,
     {
         match &self.namespace {
             Some(namespace) => Api::namespaced(self.client.clone(), namespace),
@@ -86,201 +75,125 @@ impl Watches {
         }
     }
 
-    fn events<K>(
-        &self,
-        selector: Option<&str>,
-    ) -> impl Stream<Item = watcher::Result<Event<PartialObjectMeta<K>>>> + use<K>
+    /// Watches a type for ever, and keeps its store. Each object that tells something new is handed to `told`; with
+    /// `true` if it is gone.
+    async fn follow<K>(&self, selector: Option<&str>, context: &Context, told: impl Fn(&Key, bool))
     where
-        K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + Send + Sync + 'static,
+        K: Cached + Resource<Scope = NamespaceResourceScope>,
     {
-        let mut config = watcher::Config::default().timeout(WATCH_TIMEOUT_SECONDS);
+        let mut config = watcher::Config::default()
+            .timeout(WATCH_TIMEOUT_SECONDS)
+            .page_size(PAGE_SIZE);
         if let Some(selector) = selector {
             config = config.labels(selector);
         }
-        watcher(self.api::<K>(), config).default_backoff().modify(|object| {
-            object.managed_fields_mut().clear();
-            object.annotations_mut().clear();
-        })
-    }
-
-    /// Watches one of the four kinds for ever. Fills the store that says which resources there are, and says `filled` when
-    /// it has been.
-    pub async fn resources<K: Kind>(
-        self,
-        writer: reflector::store::Writer<PartialObjectMeta<K>>,
-        context: Arc<Context>,
-        filled: oneshot::Sender<()>,
-    ) {
-        let store = writer.as_reader();
-        let mut filled = Some(filled);
-        let mut events = pin!(reflector::reflector(writer, self.events::<K>(None)));
-        while let Some(event) = events.next().await {
-            let (object, is_deleted) = match event {
-                Ok(Event::Apply(object)) => (object, false),
-                Ok(Event::Delete(object)) => (object, true),
-                // Until the list is whole, the store shows what was before.
-                Ok(Event::Init | Event::InitApply(_)) => continue,
-                Ok(Event::InitDone) => {
-                    if let Some(filled) = filled.take() {
-                        // Nobody may be waiting any more.
-                        let _ = filled.send(());
-                    }
-                    self.listed(&store, &context).await;
-                    continue;
-                }
-                Err(error) => {
-                    tracing::warn!(kind = K::KIND.name(), %error, "a watch broke; it starts again");
-                    continue;
-                }
-            };
-            let key = key(K::KIND, &object);
-            if is_deleted {
-                forget(&key, &context);
-            } else {
-                self.wake.wake(key.clone()).await;
-            }
-            for dependent in self.index.dependents(&key) {
-                self.wake.wake(dependent).await;
-            }
-        }
-    }
-
-    /// After a list nobody knows what happened before it: what is gone is forgotten, everything else is looked at, and
-    /// so are those that refer to this kind.
-    async fn listed<K: Kind>(&self, store: &Store<PartialObjectMeta<K>>, context: &Context) {
-        forget_missing(K::KIND, store, context);
-        for object in store.state() {
-            self.wake.wake(key(K::KIND, &*object)).await;
-        }
-        for dependent in self.index.dependents_of_kind(K::KIND) {
-            self.wake.wake(dependent).await;
-        }
-    }
-
-    /// Watches objects that belong to the four kinds, for ever.
-    pub async fn children<K>(self)
-    where
-        K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + Send + Sync + 'static,
-    {
-        let mut events = pin!(self.events::<K>(Some(labels::KIND)));
+        let store = context.caches.store::<K>();
+        let mut events = pin!(watcher(self.api::<K>(), config).default_backoff());
+        let mut listed = Vec::new();
         while let Some(event) = events.next().await {
             match event {
-                Ok(Event::Apply(object) | Event::Delete(object)) => {
-                    if let Some(key) = owner_key(&object) {
-                        self.wake.wake(key).await;
+                Ok(Event::Apply(object)) => {
+                    store.apply(&object);
+                    tell(&object, false, &told);
+                }
+                Ok(Event::Delete(object)) => {
+                    store.delete(&object);
+                    tell(&object, true, &told);
+                }
+                Ok(Event::Init) => {
+                    listed.clear();
+                    store.begin_list();
+                }
+                Ok(Event::InitApply(object)) => {
+                    if store.list(&object) {
+                        listed.extend(subject(&object));
                     }
                 }
-                Ok(Event::Init | Event::InitApply(_)) => {}
-                // What vanished while nobody watched is in no list: everybody looks at theirs.
+                // Woken only now: until the list is whole, nobody knows what is gone.
                 Ok(Event::InitDone) => {
-                    for key in self.index.all() {
-                        self.wake.wake(key).await;
-                    }
+                    let gone = store.end_list();
+                    context.caches.listed();
+                    listed.drain(..).for_each(|key| told(&key, false));
+                    gone.iter().for_each(|key| told(key, true));
                 }
                 Err(error) => tracing::warn!(kind = %K::kind(&()), %error, "a watch broke; it starts again"),
             }
         }
     }
-}
 
-fn key<O: Resource>(kind: ResourceKind, object: &O) -> Key {
-    Key {
-        kind,
-        namespace: object.namespace().unwrap_or_default(),
-        name: object.name_any(),
+    /// Watches one of the four kinds, for ever.
+    pub async fn resources<K: Kind>(self, context: Arc<Context>) {
+        let told = |key: &Key, is_gone: bool| {
+            match is_gone {
+                true => forget(key, &context),
+                false => self.wake.wake(key.clone()),
+            }
+            for dependent in self.index.dependents(key) {
+                self.wake.wake(dependent);
+            }
+        };
+        self.follow::<K>(None, &context, told).await;
+    }
+
+    /// Watches objects that belong to the four kinds, for ever.
+    pub async fn children<K>(self, context: Arc<Context>)
+    where
+        K: Cached + Resource<Scope = NamespaceResourceScope>,
+    {
+        let told = |key: &Key, _| self.wake.wake(key.clone());
+        let selector = Some(labels::KIND).filter(|_| !K::OTHERS);
+        self.follow::<K>(selector, &context, told).await;
     }
 }
 
-/// The resource that an object's labels name.
-fn owner_key<O: Resource>(object: &O) -> Option<Key> {
-    let labels = object.labels();
-    Some(Key {
-        kind: ResourceKind::from_name(labels.get(labels::KIND)?)?,
-        namespace: object.namespace()?,
-        name: labels.get(labels::NAME)?.clone(),
-    })
-}
-
-/// After a list: what is not in it was deleted while nobody watched.
-fn forget_missing<K: Kind>(kind: ResourceKind, store: &Store<PartialObjectMeta<K>>, context: &Context) {
-    let is_there =
-        |key: &Key| key.kind != kind || store.get(&ObjectRef::new(&key.name).within(&key.namespace)).is_some();
-    context.index.retain(is_there);
-    context.metrics.retain(is_there);
-    context.failures.retain(is_there);
+fn tell<K: Cached>(object: &Object<K>, is_gone: bool, told: &impl Fn(&Key, bool)) {
+    if let Some(key) = subject(object) {
+        told(&key, is_gone);
+    }
 }
 
 /// Reconciles one kind until `stop`; then finishes what is under way.
-pub async fn run<K: Kind>(
-    context: Arc<Context>,
-    queue: Receiver<Key>,
-    store: Store<PartialObjectMeta<K>>,
-    mut stop: watch::Receiver<bool>,
-) {
-    let stopped = async move {
+async fn run<K: Kind>(context: Arc<Context>, wake: Wake, mut stop: watch::Receiver<bool>) {
+    let queue = wake.queue(K::KIND);
+    let stopped = async {
         // An error means that the sender is gone, which is a stop too.
         let _ = stop.wait_for(|stop| *stop).await;
     };
-    let requests = futures::stream::unfold(queue, |mut queue| async move { Some((queue.recv().await?, queue)) })
-        .map(|key| Ok::<_, std::convert::Infallible>(ObjectRef::new(&key.name).within(&key.namespace)))
-        .take_until(Box::pin(stopped));
-    let reconciler = move |object: Arc<PartialObjectMeta<K>>, context: Arc<Context>| {
-        Box::pin(async move {
-            let key = key(K::KIND, &*object);
-            let action = reconcile::<K>(&key, &context).await?;
-            context.failures.clear(&key);
-            Ok::<Action, Error>(action)
-        })
-    };
-    let on_error = move |object: Arc<PartialObjectMeta<K>>, error: &Error, context: Arc<Context>| {
-        let key = key(K::KIND, &*object);
-        let pause = context.failures.pause(&key);
-        match error.reason() {
-            // Somebody else wrote in between, or the collector is at work: not worth a line.
-            "Conflict" | "Pending" => {
-                tracing::debug!(kind = K::KIND.name(), namespace = key.namespace, name = key.name, %error, "again")
+    let mut stopped = pin!(stopped);
+    tokio::select! {
+        () = &mut stopped => return,
+        () = context.caches.filled() => {}
+    }
+    loop {
+        let key = tokio::select! {
+            biased;
+            () = &mut stopped => return,
+            key = queue.next() => key,
+        };
+        let pause = match reconcile::<K>(&key, &context).await {
+            Ok(pause) => {
+                context.failures.clear(&key);
+                pause
             }
-            reason => tracing::warn!(
-                kind = K::KIND.name(), namespace = key.namespace, name = key.name, reason, %error,
-                pause_seconds = pause.as_secs_f64(), "a reconcile failed; it is tried again"
-            ),
-        }
-        Action::requeue(pause)
-    };
-    let config = controller::Config::default().concurrency(CONCURRENCY);
-    let results = applier(reconciler, on_error, context, store, Box::pin(requests), config);
-    results.for_each(|_| std::future::ready(())).await;
+            Err(error) => Some(failed(&key, &error, &context)),
+        };
+        queue.done(key, pause);
+    }
 }
 
-/// Starts everything: watches and loops of the four kinds. Ready says when all stores are filled.
-pub fn start(context: &Arc<Context>, watches: &Watches, mut queues: Queues, stop: &watch::Receiver<bool>) -> Started {
-    let mut started = Started {
-        watches: JoinSet::new(),
-        loops: JoinSet::new(),
-        filled: JoinSet::new(),
-    };
-    start_kind::<strata_api::Dataset>(&mut started, context, watches, &mut queues, stop);
-    start_kind::<strata_api::PretrainJob>(&mut started, context, watches, &mut queues, stop);
-    start_kind::<strata_api::AlignmentJob>(&mut started, context, watches, &mut queues, stop);
-    start_kind::<strata_api::InferenceService>(&mut started, context, watches, &mut queues, stop);
-    started
-        .watches
-        .spawn(watches.clone().children::<k8s_openapi::api::batch::v1::Job>());
-    started
-        .watches
-        .spawn(watches.clone().children::<k8s_openapi::api::core::v1::Pod>());
-    started
-        .watches
-        .spawn(watches.clone().children::<k8s_openapi::api::apps::v1::Deployment>());
-    started
-        .watches
-        .spawn(watches.clone().children::<k8s_openapi::api::core::v1::Service>());
-    started.watches.spawn(
-        watches
-            .clone()
-            .children::<k8s_openapi::api::policy::v1::PodDisruptionBudget>(),
-    );
-    started
+/// Says what went wrong, and how long to wait before the next try.
+fn failed(key: &Key, error: &Error, context: &Context) -> Duration {
+    let pause = context.failures.pause(key);
+    let (kind, namespace, name) = (key.kind.name(), &key.namespace, &key.name);
+    match error.reason() {
+        // Somebody else wrote in between, or the collector is at work: not worth a line.
+        "Conflict" | "Pending" => tracing::debug!(kind, namespace, name, %error, "again"),
+        reason => tracing::warn!(
+            kind, namespace, name, reason, %error, pause_seconds = pause.as_secs_f64(),
+            "a reconcile failed; it is tried again"
+        ),
+    }
+    pause
 }
 
 /// The tasks of a running operator.
@@ -289,29 +202,40 @@ pub struct Started {
     pub watches: JoinSet<()>,
     /// The loops; they end after a stop.
     pub loops: JoinSet<()>,
-    /// Each ends when its kind's store is filled.
-    pub filled: JoinSet<()>,
 }
 
-fn start_kind<K: Kind>(
-    started: &mut Started,
-    context: &Arc<Context>,
-    watches: &Watches,
-    queues: &mut Queues,
-    stop: &watch::Receiver<bool>,
-) {
-    let Some(queue) = queues.remove(&K::KIND) else { return };
-    let (store, writer) = reflector::store::<PartialObjectMeta<K>>();
-    // The loop waits for the store by itself, and a store wakes only one who waits for it: hence a signal of our own.
-    let (filled, is_filled) = oneshot::channel();
+/// Starts everything: watches and loops of the four kinds.
+pub fn start(context: &Arc<Context>, watches: &Watches, stop: &watch::Receiver<bool>) -> Started {
+    use k8s_openapi::api::{apps::v1 as apps, batch::v1 as batch, core::v1 as core, policy::v1 as policy};
+    let mut started = Started {
+        watches: JoinSet::new(),
+        loops: JoinSet::new(),
+    };
+    started.kind::<strata_api::Dataset>(context, watches, stop);
+    started.kind::<strata_api::PretrainJob>(context, watches, stop);
+    started.kind::<strata_api::AlignmentJob>(context, watches, stop);
+    started.kind::<strata_api::InferenceService>(context, watches, stop);
+    started.children::<batch::Job>(context, watches);
+    started.children::<core::Pod>(context, watches);
+    started.children::<apps::Deployment>(context, watches);
+    started.children::<core::Service>(context, watches);
+    started.children::<policy::PodDisruptionBudget>(context, watches);
     started
-        .watches
-        .spawn(watches.clone().resources::<K>(writer, context.clone(), filled));
-    started
-        .loops
-        .spawn(run::<K>(context.clone(), queue, store, stop.clone()));
-    started.filled.spawn(async move {
-        // It fails only if the watch is gone, and then the operator is stopping.
-        let _ = is_filled.await;
-    });
+}
+
+impl Started {
+    fn kind<K: Kind>(&mut self, context: &Arc<Context>, watches: &Watches, stop: &watch::Receiver<bool>) {
+        self.watches.spawn(watches.clone().resources::<K>(context.clone()));
+        for _ in 0..CONCURRENCY {
+            let run = run::<K>(context.clone(), watches.wake.clone(), stop.clone());
+            self.loops.spawn(run);
+        }
+    }
+
+    fn children<K>(&mut self, context: &Arc<Context>, watches: &Watches)
+    where
+        K: Cached + Resource<Scope = NamespaceResourceScope>,
+    {
+        self.watches.spawn(watches.clone().children::<K>(context.clone()));
+    }
 }

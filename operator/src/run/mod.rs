@@ -27,6 +27,7 @@ use kube::core::object::HasStatus;
 use strata_api::{Common, RunStatus};
 use strata_contract::{Input, Stage};
 
+use crate::engine::cache::Cached;
 use crate::engine::kind::{Env, Kind, Observed, Outcome, Planned, Ref, Refusal, ResourceKind, Status, Upstream};
 use crate::workload::pod::Sizes;
 
@@ -102,6 +103,7 @@ pub trait RunKind: Runs {}
 impl<T> Kind for T
 where
     T: RunKind
+        + Cached
         + HasStatus<Status = RunStatus>
         + Resource<DynamicType = (), Scope = k8s_openapi::NamespaceResourceScope>
         + Clone

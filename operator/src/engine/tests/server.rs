@@ -25,6 +25,8 @@ pub struct Server(Mutex<State>);
 struct State {
     /// By `PLURAL/NAME`; there is one namespace.
     objects: BTreeMap<String, Value>,
+    /// What a watch tells, in order: the object's plural, whether it is gone, and the object.
+    log: Vec<(String, bool, Value)>,
     clock: u64,
     writes: usize,
     crash_after: Option<usize>,
@@ -71,7 +73,29 @@ impl Server {
 
     /// Takes an object away, as a user would.
     pub fn remove(&self, key: &str) {
-        self.state().objects.remove(key);
+        self.state().remove(key);
+    }
+
+    /// How much has happened.
+    pub fn log_length(&self) -> usize {
+        self.state().log.len()
+    }
+
+    /// What happened to objects of this plural between two points: whether each is gone, and the object.
+    pub fn log(&self, plural: &str, range: std::ops::Range<usize>) -> Vec<(bool, Value)> {
+        let state = self.state();
+        let log = state.log.get(range).unwrap_or_default().iter();
+        log.filter(|(of, ..)| of == plural)
+            .map(|(_, gone, object)| (*gone, object.clone()))
+            .collect()
+    }
+
+    /// All objects of this plural.
+    pub fn all(&self, plural: &str) -> Vec<Value> {
+        let state = self.state();
+        let prefix = format!("{plural}/");
+        let all = state.objects.iter().filter(|(key, _)| key.starts_with(&prefix));
+        all.map(|(_, object)| object.clone()).collect()
     }
 
     /// Changes an object, as a user would.
@@ -232,13 +256,25 @@ impl State {
             metadata["uid"] = json!(format!("uid-{version}"));
         }
         let key = format!("{plural}/{}", metadata["name"].as_str().expect("a name"));
+        self.log.push((plural.into(), false, object.clone()));
         self.objects.insert(key, object.clone());
         object
+    }
+
+    fn remove(&mut self, key: &str) {
+        let version = self.tick();
+        if let Some(mut object) = self.objects.remove(key) {
+            object["metadata"]["resourceVersion"] = json!(version);
+            let plural = key.split('/').next().expect("a plural");
+            self.log.push((plural.into(), true, object));
+        }
     }
 
     fn update(&mut self, key: &str, mut object: Value) -> Value {
         let version = self.tick();
         object["metadata"]["resourceVersion"] = json!(version);
+        let plural = key.split('/').next().expect("a plural");
+        self.log.push((plural.into(), false, object.clone()));
         self.objects.insert(key.into(), object.clone());
         object
     }
@@ -344,10 +380,17 @@ impl State {
                 if uid.is_some() && uid != there["metadata"]["uid"].as_str() {
                     return status(409, "Conflict");
                 }
-                self.objects.remove(&key);
-                let owned = there["metadata"]["uid"].clone();
-                self.objects
-                    .retain(|_, object| object["metadata"]["labels"]["batch.kubernetes.io/controller-uid"] != owned);
+                self.remove(&key);
+                let owned = &there["metadata"]["uid"];
+                let is_owned =
+                    |object: &Value| object["metadata"]["labels"]["batch.kubernetes.io/controller-uid"] == *owned;
+                let pods: Vec<String> = self
+                    .objects
+                    .iter()
+                    .filter(|(_, object)| is_owned(object))
+                    .map(|(key, _)| key.clone())
+                    .collect();
+                pods.iter().for_each(|key| self.remove(key));
                 (200, json!({"apiVersion": "v1", "kind": "Status", "status": "Success"}))
             }
             _ => status(405, "MethodNotAllowed"),
