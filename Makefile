@@ -16,7 +16,7 @@ SLOT ?= 1
 E2E := bed manifests chart bad_input release story
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-down test preflight lint lint-cuda deny generate generated test-unit test-e2e test-interop test-clients bench-serve test-parity performance-page soak-serve fuzz programs bed bed-down
+.PHONY: help demo demo-down test preflight lint lint-cuda deny generate generated test-unit test-e2e test-argocd test-interop test-clients bench-serve test-parity performance-page soak-serve fuzz programs bed bed-down
 
 help: ## Show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -65,6 +65,13 @@ test-unit: programs ## Unit, property and mock-server tests
 
 test-e2e: bed ## Tests on a real cluster; it stays up when one fails
 	eval "$$($(BIN)/bed env --slot $(SLOT))" && cargo test --workspace $(E2E:%=--test %)
+	$(BIN)/bed down --slot $(SLOT)
+
+test-argocd: programs ## The real Argo CD on the tests' cluster: health, sync, self-heal, prune, no drift (+15 minutes the first time)
+	$(BIN)/bed build --tools --argo-cd
+	$(BIN)/bed up --slot $(SLOT)
+	$(BIN)/bed images --slot $(SLOT)
+	eval "$$($(BIN)/bed env --slot $(SLOT))" && cargo test --workspace --test argocd
 	$(BIN)/bed down --slot $(SLOT)
 
 test-interop: programs ## transformers, PEFT, datasets and openai against what is published and served (3 GB of Python packages)

@@ -19,16 +19,14 @@ use crate::bed::{Bed, slot, volume::Volume};
 use crate::image::catalog;
 use manifests::{Fit, LABEL};
 
-mod chat;
+mod forward;
 mod guard;
 mod life;
-mod lineage;
 mod manifests;
 mod table;
 
-pub use chat::Forward;
+pub use forward::Forward;
 pub use life::Life;
-pub use lineage::of_service as lineage;
 
 /// Namespace of the demo's resources.
 pub const NAMESPACE: &str = "strata-demo";
@@ -73,6 +71,14 @@ impl Cluster {
         match self {
             Self::Bed(bed) => bed.kubectl(),
             Self::Current { .. } => Command::new("kubectl"),
+        }
+    }
+
+    /// `strata`, as a user of the cluster runs it.
+    fn strata(&self) -> Result<Command> {
+        match self {
+            Self::Bed(bed) => crate::strata::program(bed),
+            Self::Current { .. } => Ok(Command::new(catalog::ours("strata")?)),
         }
     }
 
@@ -123,16 +129,20 @@ pub async fn run(cluster: &Cluster) -> Result<()> {
     let client = cluster.client().await?;
     Life::new(client.clone(), NAMESPACE).watch(LIFE_DEADLINE).await?;
     step(6, "a chat with the model that was just aligned");
-    let forward = Forward::start(cluster.kubectl(), NAMESPACE, "assistant").await?;
     shell_line(&format!("user: {QUESTION}"));
-    forward.chat("assistant", QUESTION, print_piece).await?;
-    print_piece("\n");
+    let mut chat = cluster.strata()?;
+    chat.args(["chat", "assistant", "--namespace", NAMESPACE, "--message", QUESTION]);
+    chat.args(["--max-tokens", "160", "--temperature", "0"]);
+    if !chat.status().context("cannot run strata chat")?.success() {
+        bail!("the model did not answer");
+    }
     step(7, "what there is now: kubectl get strata");
     shell_line(&command::output(
         cluster.kubectl().args(["-n", NAMESPACE, "get", "strata"]),
     )?);
     step(8, "where the endpoint comes from");
-    shell_line(&lineage(&client, NAMESPACE, "assistant").await?);
+    let lineage = ["lineage", "inferenceservice/assistant", "--namespace", NAMESPACE];
+    shell_line(&command::output(cluster.strata()?.args(lineage))?);
     next(cluster, started.elapsed());
     Ok(())
 }
@@ -257,6 +267,9 @@ fn next(cluster: &Cluster, elapsed: Duration) {
         {
             shell_line(&format!("  export PATH={}:$PATH", folder.display()));
         }
+    }
+    if let Ok(strata) = catalog::ours("strata") {
+        shell_line(&format!("  {} status --namespace strata-demo", strata.display()));
     }
     for line in [
         "kubectl -n strata-demo get strata",

@@ -3,6 +3,7 @@
 //! [`bed`] brings a one-node Kubernetes up and down, [`image`] makes images without Docker. A test runs in
 //! [`with_temp_ns`], waits with [`wait`] and counts what a user wrote with [`audit`].
 
+pub mod argocd;
 pub mod audit;
 pub mod bed;
 pub mod demo;

@@ -1,6 +1,7 @@
 //! The words of a test about Strata's resources: wait for a reason, read a status, ask the endpoint.
 
 use std::fmt::Debug;
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -10,6 +11,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use strata_api::{AlignmentJob, Dataset, InferenceService, PretrainJob, RunStatus};
 
+use crate::bed::{Bed, command};
+use crate::image::catalog;
 use crate::{Context, wait};
 
 /// What the four kinds have in common to a test.
@@ -113,6 +116,26 @@ pub fn metric(status: &RunStatus, name: &str) -> Result<f64> {
         .get(name)
         .with_context(|| format!("no metric {name} in {:?}", status.metrics))?;
     text.parse().with_context(|| format!("metric {name} is {text:?}"))
+}
+
+/// `strata`, as a user of `bed` runs it.
+///
+/// # Errors
+/// It was not compiled.
+pub fn program(bed: &Bed) -> Result<Command> {
+    let mut strata = Command::new(catalog::ours("strata")?);
+    strata.env("KUBECONFIG", bed.kubeconfig()).env("NO_PROXY", "*");
+    Ok(strata)
+}
+
+/// What `strata ARGUMENTS` prints in the test's namespace.
+///
+/// # Errors
+/// It failed; the message holds what it said.
+pub async fn run(context: &Context, arguments: &[&str]) -> Result<String> {
+    let mut strata = program(&context.bed)?;
+    strata.args(arguments).args(["--namespace", &context.namespace]);
+    tokio::task::spawn_blocking(move || command::output(&mut strata)).await?
 }
 
 /// Objects of a kind in the test's namespace, applied from YAML as a user does.

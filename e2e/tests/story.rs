@@ -16,7 +16,7 @@ use strata_api::{AlignmentJob, Dataset, InferenceService, PretrainJob, RunStatus
 use strata_contract::{ArtifactKind, Manifest, Uri};
 use strata_e2e::bed::{command, network::http};
 use strata_e2e::demo::Forward;
-use strata_e2e::strata::{Kind, metric, ready};
+use strata_e2e::strata::{self, Kind, metric, ready};
 use strata_e2e::{Context, audit, install, operator, run, wait, with_temp_ns};
 
 const CURATE: Duration = Duration::from_secs(300);
@@ -48,6 +48,7 @@ async fn one_model_lives_its_whole_life() {
         bard_survives_the_loss_of_its_pod(&context, &artifacts).await?;
         assistant_is_aligned_within_its_gates(&context, &artifacts).await?;
         the_service_answers_with_what_was_judged(&context, &artifacts).await?;
+        the_plugin_shows_the_life_and_talks(&context).await?;
         preferences_stay_private(&context, &raw).await?;
         quiet_when_all_is_done(&context).await
     })
@@ -109,6 +110,11 @@ async fn bard_survives_the_loss_of_its_pod(context: &Context, artifacts: &Path) 
         Ok((!run::checkpoints(&folder).is_empty()).then_some(()))
     })
     .await?;
+    let said = strata::run(context, &["logs", "pj/bard", "--tail", "1"]).await?;
+    ensure!(
+        said.lines().count() == 1,
+        "the last line of the running attempt: {said}"
+    );
     let pods = context.api::<Pod>();
     let labels = ListParams::default().labels("strata.dev/kind=PretrainJob,strata.dev/name=bard");
     let pod = pods.list(&labels).await?.items.pop().context("bard's pod")?;
@@ -182,27 +188,7 @@ async fn the_service_answers_with_what_was_judged(context: &Context, artifacts: 
         manifest.content.kind
     );
 
-    let lineage = strata_e2e::demo::lineage(&context.client, &context.namespace, "assistant").await?;
-    for word in [
-        "AlignmentJob/assistant",
-        "Dataset/preferences",
-        "SmolLM2",
-        "hh-rlhf",
-        "tinyshakespeare",
-    ] {
-        ensure!(lineage.contains(word), "{word} is missing in the lineage:\n{lineage}");
-    }
-
     let forward = Forward::start(context.bed.kubectl(), &context.namespace, "assistant").await?;
-    let question = "Give me three short tips for being a good neighbour.";
-    let mut pieces = 0;
-    let answer = forward.chat("assistant", question, |_| pieces += 1).await?;
-    ensure!(
-        answer.to_lowercase().contains("neighbo"),
-        "the model that was made answers: {answer}"
-    );
-    ensure!(pieces > 1, "the answer was streamed");
-
     let client = http()?;
     let ask = |body: String| {
         let request = client.post(format!("{}/v1/chat/completions", forward.url()));
@@ -245,6 +231,73 @@ async fn the_service_answers_with_what_was_judged(context: &Context, artifacts: 
         "vllm:generation_tokens_total",
     ] {
         ensure!(metrics.contains(name), "{name} is missing in /metrics");
+    }
+    Ok(())
+}
+
+/// What `kubectl strata` says of the life, from its end.
+async fn the_plugin_shows_the_life_and_talks(context: &Context) -> Result<()> {
+    let lineage = strata::run(context, &["lineage", "inferenceservice/assistant"]).await?;
+    for word in [
+        "AlignmentJob/assistant",
+        "Dataset/preferences",
+        "SmolLM2",
+        "hh-rlhf",
+        "tinyshakespeare",
+    ] {
+        ensure!(lineage.contains(word), "{word} is missing in the lineage:\n{lineage}");
+    }
+    let rows: Value = serde_json::from_str(&strata::run(context, &["status", "--output", "json"]).await?)?;
+    let rows = rows.as_array().context("a list")?;
+    let service = rows.iter().find(|row| row["resource"] == "InferenceService/assistant");
+    let service = service.with_context(|| format!("no service in {rows:?}"))?;
+    ensure!(service["ready"] == "True" && service["readyReplicas"] == 2, "{service}");
+    ensure!(
+        rows.iter().all(|row| row["blocks"] == json!([])),
+        "nothing waits any more: {rows:?}"
+    );
+    let tree = strata::run(context, &["status", "isvc/assistant"]).await?;
+    for words in [
+        "2/2 pods",
+        "└─ AlignmentJob/assistant",
+        "   ├─ Dataset/plays",
+        "   └─ Dataset/preferences",
+    ] {
+        ensure!(tree.contains(words), "no {words:?} in\n{tree}");
+    }
+
+    let aligned = strata::run(context, &["logs", "alignmentjob/assistant"]).await?;
+    ensure!(aligned.contains("rewardMargin"), "the log of the alignment: {aligned}");
+    let served = strata::run(context, &["logs", "isvc/assistant", "--tail", "1"]).await?;
+    let pods: BTreeSet<_> = served.lines().filter_map(|line| line.split(']').next()).collect();
+    ensure!(pods.len() == 2, "a line of each serving pod, with its name: {served}");
+
+    let question = "Give me three short tips for being a good neighbour.";
+    let ask = [
+        "chat",
+        "assistant",
+        "--message",
+        question,
+        "--max-tokens",
+        "160",
+        "--temperature",
+        "0",
+    ];
+    let answer = strata::run(context, &ask).await?;
+    ensure!(
+        answer.to_lowercase().contains("neighbo"),
+        "the model that was made answers: {answer}"
+    );
+    for (arguments, remedy) in [
+        (["logs", "alignmentjob/nobody"], "there is AlignmentJob/assistant"),
+        (["chat", "pj/bard"], "only an InferenceService"),
+    ] {
+        let said = strata::run(context, &arguments)
+            .await
+            .err()
+            .context("it is refused")?
+            .to_string();
+        ensure!(said.contains(remedy), "{arguments:?}: {said}");
     }
     Ok(())
 }

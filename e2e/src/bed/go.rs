@@ -24,6 +24,7 @@ pub enum Program {
     Helm,
     Kubeconform,
     Crane,
+    Argocd,
 }
 
 /// What the modules below ask for.
@@ -46,6 +47,9 @@ pub const BED: [Program; 8] = [
 /// What only tests run.
 pub const TOOLS: [Program; 2] = [Program::Helm, Program::Kubeconform];
 
+/// Argo CD: what `make test-argocd` runs, and nothing else.
+pub const ARGO_CD: [Program; 1] = [Program::Argocd];
+
 /// A module: everything of it is compiled by one run of `go build`.
 struct Module {
     path: &'static str,
@@ -64,11 +68,13 @@ enum Source {
     Tools,
     /// As `Tools`; its `./staging/` replacements become the published modules of this version.
     Staging(&'static str),
+    /// As `Tools`, with the replacements of its own `go.mod`, by whose versions its requirements fit together.
+    Replaced,
     /// A `main.go` of ours.
     Main(&'static str),
 }
 
-const MODULES: [Module; 6] = [
+const MODULES: [Module; 7] = [
     Module {
         path: "k8s.io/kubernetes",
         version: "v1.36.3",
@@ -128,6 +134,14 @@ const MODULES: [Module; 6] = [
         stamps: &[],
         programs: &[Program::Crane],
     },
+    Module {
+        path: "github.com/argoproj/argo-cd/v3",
+        version: "v3.2.12",
+        usual_minutes: 12,
+        source: Source::Replaced,
+        stamps: &["github.com/argoproj/argo-cd/v3/common.version={version}"],
+        programs: &[Program::Argocd],
+    },
 ];
 
 impl Program {
@@ -146,6 +160,7 @@ impl Program {
             Self::Helm => "helm",
             Self::Kubeconform => "kubeconform",
             Self::Crane => "crane",
+            Self::Argocd => "argocd",
         }
     }
 
@@ -154,6 +169,8 @@ impl Program {
         match (self, &module.source) {
             (_, Source::Main(_)) => ".".to_owned(),
             (Self::Etcd, _) => module.path.to_owned(),
+            // One program, which is the controller, the repo server or the command line by the name it is called by.
+            (Self::Argocd, _) => format!("{}/cmd", module.path),
             _ => format!("{}/cmd/{}", module.path, self.name()),
         }
     }
@@ -238,14 +255,16 @@ fn build_module(module: &Module) -> Result<()> {
     fs::create_dir_all(&folder)?;
     let packages: Vec<String> = module.programs.iter().map(|p| p.package(module)).collect();
     let mut main = format!("module bed\ngo {GO}.0\nrequire {} {}\n", module.path, module.version);
-    if let Source::Staging(version) = module.source {
-        main.push_str(&replacements(&upstream_go_mod(module)?, version));
+    match module.source {
+        Source::Staging(version) => main.push_str(&staged(&upstream_go_mod(module)?, version)),
+        Source::Replaced => main.push_str(&replaced(&upstream_go_mod(module)?)),
+        Source::Tools | Source::Main(_) => {}
     }
     fs::write(folder.join("go.mod"), main)?;
     let _ = fs::remove_file(folder.join("go.sum"));
     match module.source {
         Source::Main(text) => fs::write(folder.join("main.go"), text)?,
-        Source::Tools | Source::Staging(_) => {
+        Source::Tools | Source::Staging(_) | Source::Replaced => {
             let versioned = packages.iter().map(|p| format!("{p}@{}", module.version));
             command::output(go(&folder).args(["get", "-tool"]).args(versioned))?;
         }
@@ -305,24 +324,49 @@ fn linker_flags(module: &Module) -> String {
     flags
 }
 
+/// The folder of the module's files, as its project published them.
+///
+/// # Errors
+/// Go cannot fetch it.
+pub fn source(program: Program) -> Result<PathBuf> {
+    Ok(download(program.module(), "Dir")?.into())
+}
+
 fn upstream_go_mod(module: &Module) -> Result<String> {
+    Ok(fs::read_to_string(download(module, "GoMod")?)?)
+}
+
+/// What `go mod download` says of the module.
+fn download(module: &Module, what: &str) -> Result<String> {
     let at = format!("{}@{}", module.path, module.version);
     let answer = command::output(go(&std::env::temp_dir()).args(["mod", "download", "-json", &at]))?;
     let answer: serde_json::Value = serde_json::from_str(&answer).context("go mod download did not answer in JSON")?;
-    let file = answer["GoMod"].as_str().context("go mod download names no go.mod")?;
-    Ok(fs::read_to_string(file)?)
+    let said = answer[what].as_str();
+    said.map(ToOwned::to_owned)
+        .with_context(|| format!("go mod download names no {what}"))
 }
 
 /// `replace` lines that turn `X => ./staging/…` into the published module, without which `go get` would climb to the
 /// newest Kubernetes.
-fn replacements(go_mod: &str, version: &str) -> String {
-    let staged = go_mod.lines().filter_map(|line| {
-        let (module, target) = line.trim().trim_start_matches("replace ").split_once(" => ")?;
-        target
-            .starts_with("./staging/")
-            .then(|| format!("replace {module} => {module} {version}\n"))
-    });
-    staged.collect()
+fn staged(go_mod: &str, version: &str) -> String {
+    let staged = replacements(go_mod).filter(|(_, target)| target.starts_with("./staging/"));
+    let lines = staged.map(|(module, _)| format!("replace {module} => {module} {version}\n"));
+    lines.collect()
+}
+
+/// The `replace` lines whose target is published: Go heeds only those of the main module, which is ours.
+fn replaced(go_mod: &str) -> String {
+    let published = replacements(go_mod).filter(|(_, target)| !target.starts_with('.'));
+    let lines = published.map(|(module, target)| format!("replace {module} => {target}\n"));
+    lines.collect()
+}
+
+/// What a `go.mod` replaces, and by what.
+fn replacements(go_mod: &str) -> impl Iterator<Item = (&str, &str)> {
+    let lines = go_mod
+        .lines()
+        .map(|line| line.split("//").next().unwrap_or_default().trim());
+    lines.filter_map(|line| line.trim_start_matches("replace ").split_once(" => "))
 }
 
 #[cfg(test)]
@@ -332,9 +376,10 @@ mod tests {
     #[test]
     fn staging_modules_are_replaced_by_published_ones() {
         let go_mod = "module m\nrequire k8s.io/api v0.0.0\nreplace (\n\tk8s.io/api => ./staging/src/k8s.io/api\n\
-                      \tother.org/x => other.org/y v1.0.0\n)\nreplace k8s.io/kms => ./staging/src/k8s.io/kms\n";
+                      \t// why\n\tother.org/x => other.org/y v1.0.0 // why\n)\nreplace k8s.io/kms => ./staging/src/k8s.io/kms\n";
         let expected = "replace k8s.io/api => k8s.io/api v0.36.3\nreplace k8s.io/kms => k8s.io/kms v0.36.3\n";
-        assert_eq!(replacements(go_mod, "v0.36.3"), expected);
+        assert_eq!(staged(go_mod, "v0.36.3"), expected);
+        assert_eq!(replaced(go_mod), "replace other.org/x => other.org/y v1.0.0\n");
     }
 
     #[test]

@@ -32,6 +32,12 @@ pub const BUSYBOX: Package = Package::new("busybox-static", "busybox");
 /// For one wheel.
 pub const PYTHON: Package = Package::new("python3", "python3");
 
+/// What Argo CD reads repositories with.
+pub const GIT: Package = Package::new("git", "git");
+/// What Argo CD keeps its cache in. The package redis-server would start one as a service; it is a link to this program, which
+/// is a server where it is called `redis-server`.
+pub const REDIS: Package = Package::new("redis-tools", "redis-check-rdb");
+
 /// What a bed runs or calls.
 pub const BED: [Package; 9] = [
     Package::new("containerd", "containerd"),

@@ -22,6 +22,9 @@ enum Command {
         /// Also what only the tests run: helm and kubeconform.
         #[arg(long)]
         tools: bool,
+        /// Also Argo CD.
+        #[arg(long)]
+        argo_cd: bool,
     },
     /// Starts a bed; one that runs and is healthy is left alone.
     Up(Where),
@@ -72,9 +75,12 @@ fn run(command: Command) -> anyhow::Result<()> {
         .build()?
         .block_on(async {
             match command {
-                Command::Build { tools } => {
+                Command::Build { tools, argo_cd } => {
                     Bed::build()?;
-                    if tools { go::build(&go::TOOLS) } else { Ok(()) }
+                    if tools {
+                        go::build(&go::TOOLS)?;
+                    }
+                    if argo_cd { go::build(&go::ARGO_CD) } else { Ok(()) }
                 }
                 Command::Up(at) => Bed::new(at.slot).up().await,
                 Command::Down(at) => Bed::new(at.slot).down(),

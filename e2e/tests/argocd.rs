@@ -1,0 +1,366 @@
+//! The real Argo CD and Strata: what it judges healthy, and that the two do not work against each other.
+
+use std::fs;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::{Value, json};
+use strata_api::{AlignmentJob, Dataset, InferenceService, PretrainJob, Reason, Verdict};
+use strata_e2e::argocd::{self, ArgoCd, health, resource};
+use strata_e2e::strata::ready;
+use strata_e2e::{Context, audit, install, run, wait, with_temp_ns};
+
+const DEADLINE: Duration = Duration::from_secs(300);
+/// The whole life of a small model.
+const LIFE: Duration = Duration::from_secs(600);
+
+/// Words, a model of them, what people prefer, the aligned model, the service: one commit, in no order.
+const CLAIMS: &str = "
+apiVersion: v1
+kind: PersistentVolumeClaim
+metadata: {name: raw, annotations: {argocd.argoproj.io/sync-options: 'Prune=false,Delete=false'}}
+spec: {accessModes: [ReadWriteOnce], storageClassName: '', resources: {requests: {storage: 1Gi}}}
+---
+apiVersion: v1
+kind: PersistentVolumeClaim
+metadata: {name: artifacts, annotations: {argocd.argoproj.io/sync-options: 'Prune=false,Delete=false'}}
+spec: {accessModes: [ReadWriteOnce], storageClassName: '', resources: {requests: {storage: 1Gi}}}
+";
+const PREFERENCES: &str = "
+apiVersion: strata.dev/v1alpha1
+kind: Dataset
+metadata: {name: preferences}
+spec:
+  task: Preference
+  retries: 0
+  storage: {uri: 'pvc://artifacts'}
+  sources: [{name: pairs, preferences: {uri: 'pvc://raw/pairs.jsonl'}}]
+  split: {heldOutPercent: 30}
+";
+
+/// With room for a question and its answer.
+fn words() -> String {
+    run::WORDS.replace("lengthTokens: 32", "lengthTokens: 256")
+}
+
+fn model(name: &str) -> String {
+    run::pretrain(name, 4096).replace("contextTokens: 32", "contextTokens: 256")
+}
+
+fn alignment(rate: &str) -> String {
+    format!(
+        "
+apiVersion: strata.dev/v1alpha1
+kind: AlignmentJob
+metadata: {{name: chat}}
+spec:
+  storage: {{uri: 'pvc://artifacts'}}
+  base: {{pretrainJob: {{name: tiny}}}}
+  method: {{dpo: {{beta: '0.1'}}}}
+  adapter: {{lora: {{rank: 4}}}}
+  datasets: [{{name: preferences}}]
+  training: {{pairs: 16, maxPairTokens: 128, batchPairs: 4, learningRate: '{rate}'}}
+  evaluate: {{heldOutPairs: 8}}
+"
+    )
+}
+
+fn service(digest: &str) -> String {
+    let digest = match digest {
+        "" => String::new(),
+        digest => format!(", digest: '{digest}'"),
+    };
+    format!(
+        "
+apiVersion: strata.dev/v1alpha1
+kind: InferenceService
+metadata: {{name: chat}}
+spec:
+  storage: {{uri: 'pvc://artifacts'}}
+  model: {{alignmentJob: {{name: chat{digest}}}}}
+  kvCache: {{memory: 16Mi}}
+"
+    )
+}
+
+fn pairs() -> String {
+    let pair = |number: u32| {
+        let text = |said: &str| format!("\n\nHuman: What is {number}?\n\nAssistant: {said}");
+        json!({"chosen": text("It is a word that repeats."), "rejected": text("No.")}).to_string()
+    };
+    (0..64).map(|number| pair(number) + "\n").collect()
+}
+
+/// `config/argocd/health-fixtures.yaml`, and every reason by the verdict in its own table.
+#[test]
+fn argo_cd_judges_each_kind_as_its_conditions_say() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let fixtures: Vec<Value> =
+        serde_yaml::from_str(&fs::read_to_string(argocd::config().join("health-fixtures.yaml"))?)?;
+    let fixture = |kind: &str, fixture: &Value| json!({"apiVersion": "strata.dev/v1alpha1", "kind": kind, "metadata": fixture["metadata"], "status": fixture["status"]});
+    for case in &fixtures {
+        let said = health(&fixture("Dataset", case), folder.path())?;
+        let wanted = [&case["health"]["status"], &case["health"]["message"]];
+        ensure!(
+            wanted == [&said.0, &said.1],
+            "{}: Argo CD says {said:?} instead of {wanted:?}",
+            case["case"]
+        );
+    }
+    let done = fixtures
+        .iter()
+        .find(|case| case["case"] == "done")
+        .context("a fixture that is done")?;
+    for kind in ["PretrainJob", "AlignmentJob", "InferenceService"] {
+        let said = health(&fixture(kind, done), folder.path())?;
+        ensure!(said.0 == "Healthy", "{kind}: {said:?}");
+    }
+    for reason in Reason::ALL {
+        let (status, wanted) = match reason.verdict() {
+            Verdict::True => ("True", "Healthy"),
+            Verdict::False => ("False", "Degraded"),
+            Verdict::Unknown if matches!(reason, Reason::Suspended | Reason::ScaledToZero) => ("Unknown", "Suspended"),
+            Verdict::Unknown => ("Unknown", "Progressing"),
+        };
+        let condition =
+            json!({"type": "Ready", "status": status, "reason": reason.name(), "message": reason.meaning()});
+        let case =
+            json!({"metadata": {"generation": 1}, "status": {"observedGeneration": 1, "conditions": [condition]}});
+        let said = health(&fixture("InferenceService", &case), folder.path())?;
+        ensure!(
+            said.0 == wanted,
+            "{}: Argo CD says {said:?} instead of {wanted}",
+            reason.name()
+        );
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn argo_cd_and_the_operator_keep_one_model_together() {
+    with_temp_ns(|context| async move {
+        install::once(&context.bed)?;
+        let raw = context.volume("raw", "1Gi", None).await?.path()?;
+        context.volume("artifacts", "1Gi", None).await?;
+        fs::write(raw.join("words.txt"), run::text())?;
+        fs::write(raw.join("pairs.jsonl"), pairs())?;
+        let argo = ArgoCd::start(&context.bed, &context.client).await?;
+        argo.commit(
+            "a whole life at once",
+            &[
+                ("service.yaml", Some(&service(""))),
+                ("alignment.yaml", Some(&alignment("1e-3"))),
+                ("preferences.yaml", Some(PREFERENCES)),
+                ("tiny.yaml", Some(&model("tiny"))),
+                ("words.yaml", Some(&words())),
+                ("claims.yaml", Some(CLAIMS)),
+            ],
+        )?;
+        argo.application(&context.namespace).await?;
+        let outcome = life(&context, &argo).await.with_context(|| argo.explain());
+        argo.remove().await?;
+        outcome
+    })
+    .await;
+}
+
+async fn life(context: &Context, argo: &ArgoCd) -> Result<()> {
+    health_follows_the_life(context, argo).await?;
+    quiet_when_all_is_done(context, argo).await?;
+    what_is_scaled_is_no_drift(context, argo).await?;
+    what_is_changed_by_hand_comes_back(context, argo).await?;
+    what_git_suspends_or_breaks_is_seen_and_what_it_drops_is_pruned(context, argo).await?;
+    a_promotion_is_a_commit(context, argo).await
+}
+
+/// Nothing was ordered in waves: each waits for what it needs, and the Application is healthy when the last one serves.
+async fn health_follows_the_life(context: &Context, argo: &ArgoCd) -> Result<()> {
+    let synced = argo.until("is synced and works", DEADLINE, |app| {
+        is(app, "Synced", "Progressing") && resource(app, "InferenceService", "chat").0 == "Progressing"
+    });
+    synced.await?;
+    ready::<AlignmentJob>(context, "chat", LIFE).await?;
+    ready::<InferenceService>(context, "chat", LIFE).await?;
+    let app = argo
+        .until("is healthy", DEADLINE, |app| is(app, "Synced", "Healthy"))
+        .await?;
+    for (kind, name) in [
+        ("Dataset", "words"),
+        ("Dataset", "preferences"),
+        ("PretrainJob", "tiny"),
+        ("AlignmentJob", "chat"),
+        ("InferenceService", "chat"),
+    ] {
+        let (health, sync) = resource(&app, kind, name);
+        ensure!(
+            health == "Healthy" && sync == "Synced",
+            "{kind}/{name} is {health}, {sync}"
+        );
+    }
+    Ok(())
+}
+
+/// Argo CD looks again and again, and neither of the two finds anything to write.
+async fn quiet_when_all_is_done(context: &Context, argo: &ArgoCd) -> Result<()> {
+    let before = argo.refresh().await?;
+    let mark = audit::mark(&context.bed)?;
+    for _ in 0..3 {
+        let after = argo.refresh().await?;
+        ensure!(is(&after, "Synced", "Healthy"), "{}", after["status"]);
+        ensure!(
+            operations(&after) == operations(&before),
+            "a sync was made that nobody asked for: {}",
+            after["status"]["operationState"]
+        );
+    }
+    let ours = |write: &audit::Write| write.namespace == context.namespace;
+    let wrote: Vec<_> = audit::writes(&context.bed, argocd::USER, mark)?
+        .into_iter()
+        .filter(ours)
+        .collect();
+    ensure!(wrote.is_empty(), "Argo CD wrote {wrote:?}");
+    let wrote: Vec<_> = audit::writes(&context.bed, install::USER, mark)?
+        .into_iter()
+        .filter(ours)
+        .collect();
+    ensure!(wrote.is_empty(), "the operator wrote {wrote:?}");
+    Ok(())
+}
+
+/// Git says nothing about replicas, so whoever scales may: an HPA, KEDA, a person.
+async fn what_is_scaled_is_no_drift(context: &Context, argo: &ArgoCd) -> Result<()> {
+    let before = argo.refresh().await?;
+    context
+        .kubectl(["scale", "inferenceservice/chat", "--replicas=2"])
+        .await?;
+    let two = |service: Option<&InferenceService>| {
+        service.and_then(|service| service.status.as_ref()?.ready_replicas) == Some(2)
+    };
+    wait::until(
+        &context.api::<InferenceService>(),
+        "chat",
+        "has two pods",
+        DEADLINE,
+        two,
+    )
+    .await?;
+    argo.until("is healthy again", DEADLINE, |app| is(app, "Synced", "Healthy"))
+        .await?;
+    let after = argo.refresh().await?;
+    ensure!(is(&after, "Synced", "Healthy"), "{}", after["status"]);
+    ensure!(
+        operations(&after) == operations(&before),
+        "scaling made a sync: {}",
+        after["status"]
+    );
+    let service = context.api::<InferenceService>().get("chat").await?;
+    ensure!(service.spec.replicas == Some(2), "Argo CD scaled it back");
+    context
+        .kubectl(["scale", "inferenceservice/chat", "--replicas=1"])
+        .await?;
+    Ok(())
+}
+
+async fn what_is_changed_by_hand_comes_back(context: &Context, argo: &ArgoCd) -> Result<()> {
+    let patch = r#"{"spec": {"retries": 9}}"#;
+    context
+        .kubectl(["patch", "dataset", "preferences", "--type=merge", "--patch", patch])
+        .await?;
+    let back = |dataset: Option<&Dataset>| dataset.is_some_and(|dataset| dataset.spec.common.retries == Some(0));
+    wait::until(
+        &context.api::<Dataset>(),
+        "preferences",
+        "is as git says",
+        DEADLINE,
+        back,
+    )
+    .await
+    .with_context(|| argo.explain())?;
+    argo.until("is healthy", DEADLINE, |app| is(app, "Synced", "Healthy"))
+        .await
+        .map(drop)
+}
+
+async fn what_git_suspends_or_breaks_is_seen_and_what_it_drops_is_pruned(
+    context: &Context,
+    argo: &ArgoCd,
+) -> Result<()> {
+    let broken = run::WORDS
+        .replace("name: words}", "name: broken}")
+        .replace("words.txt", "nothing.txt");
+    let paused = model("paused").replace("spec:\n", "spec:\n  suspend: true\n");
+    argo.commit(
+        "one broken, one suspended",
+        &[("broken.yaml", Some(&broken)), ("paused.yaml", Some(&paused))],
+    )?;
+    argo.refresh().await?;
+    let app = argo.until("is degraded", DEADLINE, |app| {
+        is(app, "Synced", "Degraded")
+            && resource(app, "Dataset", "broken").0 == "Degraded"
+            && resource(app, "PretrainJob", "paused").0 == "Suspended"
+    });
+    app.await?;
+    argo.commit("without them", &[("broken.yaml", None), ("paused.yaml", None)])?;
+    argo.refresh().await?;
+    wait::until_gone(&context.api::<Dataset>(), "broken", DEADLINE).await?;
+    wait::until_gone(&context.api::<PretrainJob>(), "paused", DEADLINE).await?;
+    argo.until("is healthy", DEADLINE, |app| is(app, "Synced", "Healthy"))
+        .await
+        .map(drop)
+}
+
+/// With a digest in git, a new publication is served when a commit says so, and not before.
+async fn a_promotion_is_a_commit(context: &Context, argo: &ArgoCd) -> Result<()> {
+    let published = |job: &AlignmentJob| {
+        job.status
+            .as_ref()
+            .and_then(|status| Some(status.artifact.as_ref()?.digest.clone()))
+    };
+    let first = published(&context.api::<AlignmentJob>().get("chat").await?).context("a digest")?;
+    argo.commit("pinned", &[("service.yaml", Some(&service(&first)))])?;
+    argo.refresh().await?;
+    let again = alignment("2e-3");
+    argo.commit("aligned otherwise", &[("alignment.yaml", Some(&again))])?;
+    argo.refresh().await?;
+    let other = |job: Option<&AlignmentJob>| job.and_then(published).is_some_and(|digest| digest != first);
+    let job = wait::until(&context.api(), "chat", "has published another", LIFE, other).await?;
+    let second = published(&job).context("a digest")?;
+    argo.until("is healthy", DEADLINE, |app| is(app, "Synced", "Healthy"))
+        .await?;
+    let read = |service: &InferenceService| {
+        let status = service.status.as_ref()?;
+        status.run_status.inputs.first()?.digest.clone()
+    };
+    let service_now: InferenceService = ready(context, "chat", DEADLINE).await?;
+    ensure!(
+        read(&service_now) == Some(first),
+        "what is pinned is served: {:?}",
+        service_now.status
+    );
+    argo.commit("promoted", &[("service.yaml", Some(&service(&second)))])?;
+    argo.refresh().await?;
+    let promoted = |service: Option<&InferenceService>| service.and_then(read).as_ref() == Some(&second);
+    wait::until(
+        &context.api::<InferenceService>(),
+        "chat",
+        "serves what was promoted",
+        LIFE,
+        promoted,
+    )
+    .await?;
+    argo.until("is healthy", LIFE, |app| is(app, "Synced", "Healthy"))
+        .await
+        .map(drop)
+}
+
+fn is(application: &Value, sync: &str, health: &str) -> bool {
+    let status = &application["status"];
+    status["sync"]["status"] == sync && status["health"]["status"] == health
+}
+
+/// What tells one sync from the next: when the last one ended, and how many there were.
+fn operations(application: &Value) -> (Value, usize) {
+    let status = &application["status"];
+    let count = status["history"].as_array().map_or(0, Vec::len);
+    (status["operationState"]["finishedAt"].clone(), count)
+}
