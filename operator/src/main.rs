@@ -12,6 +12,7 @@ use kube::Client;
 use kube::client::ClientBuilder;
 use kube::runtime::events::{Recorder, Reporter};
 use strata_contract::Uri;
+use strata_operator::autoscale::scrape::Scraper;
 use strata_operator::engine::backoff::Failures;
 use strata_operator::engine::cache::Caches;
 use strata_operator::engine::guard::{GuardLayer, Leadership};
@@ -180,6 +181,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         index: index.clone(),
         failures: Failures::default(),
         poller: Poller::new(wake.clone()),
+        scraper: Scraper::new(wake.clone()).context("no TLS to ask pods with")?,
         recorder: Recorder::new(
             client.clone(),
             Reporter {

@@ -4,9 +4,13 @@ use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use prometheus::{HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder};
+use prometheus::{
+    GaugeVec, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+};
 
+use crate::autoscale::policy::Decision;
 use crate::engine::kind::{Key, ResourceKind};
+use crate::inference::observed;
 
 /// Bounds of the reconcile histogram in seconds.
 const BUCKETS: [f64; 9] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0];
@@ -24,7 +28,10 @@ pub struct Metrics {
     resources: IntGaugeVec,
     leader: IntGauge,
     resident: IntGauge,
+    desired: IntGaugeVec,
+    observed: GaugeVec,
     ready: Mutex<HashMap<Key, Ready>>,
+    scaled: Mutex<HashMap<Key, Vec<&'static str>>>,
 }
 
 /// What the condition Ready says, as labels.
@@ -85,6 +92,22 @@ impl Metrics {
         )?;
         let leader = IntGauge::new("strata_operator_leader", "1 if this replica leads, else 0.")?;
         let resident = IntGauge::new("process_resident_memory_bytes", "Resident memory in bytes.")?;
+        let desired = IntGaugeVec::new(
+            Opts::new(
+                "strata_autoscale_desired_replicas",
+                "Wanted pods of an InferenceService that scales by itself.",
+            ),
+            &["namespace", "name"],
+        )?;
+        let observed = GaugeVec::new(
+            Opts::new(
+                "strata_autoscale_observed",
+                "What the pods of an InferenceService say that scales by itself, by figure.",
+            ),
+            &["namespace", "name", "figure"],
+        )?;
+        registry.register(Box::new(desired.clone()))?;
+        registry.register(Box::new(observed.clone()))?;
         registry.register(Box::new(seconds.clone()))?;
         registry.register(Box::new(own_work.clone()))?;
         registry.register(Box::new(resources.clone()))?;
@@ -100,7 +123,10 @@ impl Metrics {
             resources,
             leader,
             resident,
+            desired,
+            observed,
             ready: Mutex::default(),
+            scaled: Mutex::default(),
         })
     }
 
@@ -151,8 +177,46 @@ impl Metrics {
         }
     }
 
+    /// What was decided about a service that scales by itself. A figure that is not said any more is no figure.
+    pub fn scaled(&self, key: &Key, decision: &Decision) {
+        let labels = [key.namespace.as_str(), key.name.as_str()];
+        self.desired.with_label_values(&labels).set(decision.replicas.into());
+        let figures = observed(&decision.measured);
+        let now: Vec<&'static str> = figures.iter().map(|(figure, _)| *figure).collect();
+        for (figure, value) in figures {
+            let labels = [key.namespace.as_str(), key.name.as_str(), figure];
+            self.observed.with_label_values(&labels).set(value);
+        }
+        let mut all = self.scaled.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = all.insert(key.clone(), now.clone()).unwrap_or_default();
+        for figure in before.into_iter().filter(|figure| !now.contains(figure)) {
+            self.unobserved(key, figure);
+        }
+    }
+
+    /// A service does not scale by itself, or not any more.
+    pub fn not_scaled(&self, key: &Key) {
+        let mut all = self.scaled.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(before) = all.remove(key) else { return };
+        // It fails only if the series is not there, which is what is wanted.
+        let _ = self
+            .desired
+            .remove_label_values(&[key.namespace.as_str(), key.name.as_str()]);
+        for figure in before {
+            self.unobserved(key, figure);
+        }
+    }
+
+    fn unobserved(&self, key: &Key, figure: &str) {
+        // As above.
+        let _ = self
+            .observed
+            .remove_label_values(&[key.namespace.as_str(), key.name.as_str(), figure]);
+    }
+
     /// A resource is gone.
     pub fn forget(&self, key: &Key) {
+        self.not_scaled(key);
         let mut all = self.ready.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(before) = all.remove(key) {
             self.one_less(key.kind, &before);

@@ -41,6 +41,11 @@ fn longer_than_zero() -> [Rule; 1] {
     [Rule::new("self.matches('[1-9]')").message("must be longer than 0, such as 30m")]
 }
 
+/// The rule of a short length of time.
+fn no_latency() -> [Rule; 1] {
+    [Rule::new("self.matches('[1-9]')").message("must be longer than 0, such as 500ms")]
+}
+
 /// The rule of a place in storage.
 fn plain_path() -> [Rule; 1] {
     [Rule::new("!self.matches('^pvc://[^/]+(/.*)?/(/|[.][.]?(/|$))')")
@@ -108,6 +113,40 @@ impl Duration {
 }
 
 impl From<&str> for Duration {
+    fn from(text: &str) -> Self {
+        Self(text.to_owned())
+    }
+}
+
+/// A short length of time such as `500ms`, `2s`, `1.5s`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(transparent)]
+pub struct Latency(
+    #[schemars(
+        length(max = 16),
+        regex(pattern = r"^[0-9]{1,6}(\.[0-9]{1,3})?(ms|s)$"),
+        extend("x-kubernetes-validations" = no_latency())
+    )]
+    pub String,
+);
+
+impl Latency {
+    /// The length in seconds; `None` if the text is none (the CRD's schema refuses such a text).
+    pub fn seconds(&self) -> Option<f64> {
+        let (number, unit) = match self.0.strip_suffix("ms") {
+            Some(number) => (number, 1e-3),
+            None => (self.0.strip_suffix('s')?, 1.0),
+        };
+        let is_plain = number.chars().all(|c| c.is_ascii_digit() || c == '.');
+        number
+            .parse::<f64>()
+            .ok()
+            .filter(|_| is_plain)
+            .map(|number| number * unit)
+    }
+}
+
+impl From<&str> for Latency {
     fn from(text: &str) -> Self {
         Self(text.to_owned())
     }
@@ -304,6 +343,20 @@ mod tests {
             ("3d", None),
         ] {
             assert_eq!(Duration::from(text).seconds(), seconds, "{text}");
+        }
+    }
+    #[test]
+    fn latencies_are_read() {
+        for (text, seconds) in [
+            ("500ms", Some(0.5)),
+            ("2s", Some(2.0)),
+            ("1.5s", Some(1.5)),
+            ("5", None),
+            ("1m", None),
+            ("-1s", None),
+            ("infs", None),
+        ] {
+            assert_eq!(Latency::from(text).seconds(), seconds, "{text}");
         }
     }
 }

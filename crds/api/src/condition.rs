@@ -11,6 +11,10 @@ pub enum ConditionType {
     InputsReady,
     /// The current run published its artifact.
     Succeeded,
+    /// InferenceService with autoscale: the pods say what scaling aims at.
+    MetricsAvailable,
+    /// InferenceService with autoscale: the number of pods is what scaling wants.
+    ScalingEffective,
     /// InferenceService: the wanted number of pods answers with the current artifact.
     Available,
     /// All of the above.
@@ -24,6 +28,8 @@ impl ConditionType {
             Self::Accepted => "Accepted",
             Self::InputsReady => "InputsReady",
             Self::Succeeded => "Succeeded",
+            Self::MetricsAvailable => "MetricsAvailable",
+            Self::ScalingEffective => "ScalingEffective",
             Self::Available => "Available",
             Self::Ready => "Ready",
         }
@@ -109,6 +115,16 @@ reasons! {
     RollingOut Unknown "Pods with the current artifact are starting.",
     ReplicasUnavailable Unknown "Fewer pods answer than are wanted; the message quotes what holds them.",
     ScaledToZero Unknown "spec.replicas is 0: nothing answers.",
+    MetricsRead True "All ready pods say what spec.autoscale aims at.",
+    MetricsPending Unknown "No ready pod has been asked for its metrics yet.",
+    MetricsPartial Unknown "Some ready pods do not say what spec.autoscale aims at; the others do, and scaling goes on with them. The message names a silent one and quotes why.",
+    MetricsSilent False "No ready pod says what spec.autoscale aims at, so the number of pods stays as it is: the message quotes why; look at the pod's /metrics.",
+    ModelNameWrong False "The pods' metrics are of a model with another name, so the number of pods stays as it is: start the server with this resource's name as the name of the model (vLLM: --served-model-name).",
+    MetricMissing False "The pods have no metric for one of spec.autoscale.targets: take that target away, or use a server that has it; the message has the names.",
+    ScalingActive True "The number of pods follows spec.autoscale.targets.",
+    AtMaximum True "More pods are needed than spec.autoscale.maxReplicas: raise it if the targets matter more than the cost.",
+    OverBudget True "More pods are needed than spec.autoscale.maxAccelerators has accelerators for: raise it if the targets matter more than the cost.",
+    AnotherWriter False "Something else sets the replicas of this resource's Deployment, such as a HorizontalPodAutoscaler: the message names it. Delete that one, or take spec.autoscale away and let it scale this InferenceService by /scale.",
     NameTaken False "An object that is to be made has the name of one that belongs to something else: delete or rename that one, or rename the resource.",
     Refused False "The API server refuses an object that is to be made (a rule, a policy, a quota); the message quotes it: change spec.pod, or what the message names. It is tried again.",
     CrashLooping False "A serving pod keeps failing: the message quotes how it ended.",

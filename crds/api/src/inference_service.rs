@@ -1,13 +1,14 @@
 //! `InferenceService`: a model to an endpoint.
 
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
+use kube::core::cel::Rule;
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 pub use strata_contract::QuantizationFormat;
 
 use crate::common::name_rule;
-use crate::{Common, ModelSource, RunStatus};
+use crate::{Autoscale, AutoscaleStatus, Common, Duration, ModelSource, RunStatus, ScalingEvent};
 
 /// A model, served with the OpenAI API.
 #[derive(CustomResource, Clone, Debug, PartialEq, Serialize, Deserialize, KubeSchema)]
@@ -54,6 +55,7 @@ use crate::{Common, ModelSource, RunStatus};
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
 )]
 #[serde(rename_all = "camelCase")]
+#[x_kube(validation = either())]
 pub struct InferenceServiceSpec {
     /// The model. Without a digest, the service follows what is published: a promotion by itself.
     pub model: ModelSource,
@@ -82,9 +84,24 @@ pub struct InferenceServiceSpec {
     // In the schema, as the server answers a read of /scale only where the field is there.
     #[schemars(range(min = 0, max = 1000), extend("default" = 1))]
     pub replicas: Option<i32>,
+    /// The number of pods follows what they say of themselves, instead of `replicas`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub autoscale: Option<Autoscale>,
+    /// How long a pod that is to go may take to finish its requests (default 25s; with `autoscale`, 5m). Let it be longer than
+    /// the longest answer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drain: Option<Duration>,
     /// What all kinds share.
     #[serde(flatten)]
     pub common: Common,
+}
+
+/// One number, one writer. The default of `replicas` stands beside `autoscale`.
+fn either() -> Rule {
+    Rule::new("!has(self.autoscale) || !has(self.replicas) || self.replicas == 1").message(
+        "set either replicas or autoscale: with autoscale the operator alone sets the number of pods, so leave replicas out, and \
+         take away what else scales this service, such as a HorizontalPodAutoscaler or a ScaledObject",
+    )
 }
 
 /// Who is answered.
@@ -172,4 +189,10 @@ pub struct InferenceServiceStatus {
     /// Label selector of the pods, for `/scale`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub selector: Option<String>,
+    /// Where scaling by itself stands.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub autoscale: Option<AutoscaleStatus>,
+    /// The last changes of the number of pods that `spec.autoscale` led to, the newest first, at most 10.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub scaling_history: Vec<ScalingEvent>,
 }

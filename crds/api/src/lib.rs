@@ -9,6 +9,7 @@
 )]
 
 mod alignment_job;
+mod autoscale;
 mod common;
 mod condition;
 mod crd;
@@ -18,6 +19,7 @@ mod pretrain_job;
 mod status;
 
 pub use alignment_job::*;
+pub use autoscale::*;
 pub use common::*;
 pub use condition::*;
 pub use crd::{CRD_LIMIT_BYTES, crds, to_yaml};

@@ -183,6 +183,11 @@ impl Settings {
         self
     }
 
+    /// The least that there may be.
+    pub fn min(&self) -> u32 {
+        self.min
+    }
+
     /// The most that there may be: by the bound, and by the budget.
     pub fn most(&self) -> u32 {
         let affordable = self

@@ -4,15 +4,18 @@
 //! nor the other pods. A task ends when nobody asks for its service any more.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use futures::future::join_all;
+use k8s_openapi::jiff::Timestamp;
 use reqwest::redirect::Policy;
 use tokio::sync::Semaphore;
 
 use super::Load;
 use super::metrics::{Reading, Unread};
+use super::policy::Decision;
 use crate::engine::kind::Key;
 use crate::engine::watch::Wake;
 
@@ -44,13 +47,33 @@ pub struct Target {
     pub base: String,
 }
 
+/// Whom to ask, and of what.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Questions {
+    /// The model that the metrics must be of.
+    pub model: String,
+    /// The pods.
+    pub targets: Vec<Target>,
+}
+
 /// What the pods of a service said last; the pods that were not asked yet are not in it.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Round {
     /// Number of the round, from 1. 0: none has ended yet.
     pub number: u64,
     /// What each pod said, or why it says nothing; by name.
-    pub pods: BTreeMap<String, Result<Load, String>>,
+    pub pods: BTreeMap<String, Result<Load, Silence>>,
+}
+
+/// What is known of a service whose number of pods follows what they say.
+#[derive(Clone, Debug)]
+pub struct Scaling {
+    /// What its pods said last.
+    pub round: Round,
+    /// What was decided last since the operator runs, and in which round.
+    pub decided: Option<(u64, Decision)>,
+    /// When this was read.
+    pub now: Timestamp,
 }
 
 /// Asks pods. Cheap to clone.
@@ -61,18 +84,22 @@ pub struct Scraper(Arc<Inner>);
 struct Inner {
     http: reqwest::Client,
     slots: Semaphore,
-    wake: Option<Wake>,
+    wake: Wake,
     services: Mutex<HashMap<Key, Service>>,
+    tasks: AtomicU64,
 }
 
 /// What is known of one service.
 #[derive(Debug, Default)]
 struct Service {
+    model: String,
     targets: Vec<Target>,
     asked_for: Option<Instant>,
-    is_running: bool,
+    /// Number of the task that asks; 0: none does.
+    task: u64,
     round: Round,
     pods: HashMap<String, Pod>,
+    decided: Option<(u64, Decision)>,
 }
 
 /// What is known of one pod.
@@ -84,18 +111,30 @@ struct Pod {
 }
 
 /// Why a pod says nothing.
-#[derive(Debug, thiserror::Error)]
-enum Silence {
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Silence {
+    /// It took too long.
     #[error("no answer within {} seconds", TIMEOUT.as_secs())]
     Timeout,
+    /// It could not be asked, or broke off.
     #[error("no connection: {0}")]
     Connection(String),
+    /// Path and status of its answer.
     #[error("{0} answers {1}")]
     Status(&'static str, u16),
+    /// It says more than can be meant.
     #[error("its answer is larger than {} MiB", LIMIT_BYTES >> 20)]
     TooLarge,
+    /// Its answer says nothing of the model.
     #[error("{0}")]
     Unread(Unread),
+}
+
+impl Silence {
+    /// Whether it speaks, but of a model with another name.
+    pub fn is_other_model(&self) -> bool {
+        matches!(self, Self::Unread(Unread::OtherModels(_)))
+    }
 }
 
 impl Scraper {
@@ -107,7 +146,7 @@ impl Scraper {
     ///
     /// # Errors
     /// There is no TLS.
-    pub fn new(wake: Option<Wake>) -> Result<Self, reqwest::Error> {
+    pub fn new(wake: Wake) -> Result<Self, reqwest::Error> {
         // It fails where one is installed already, which is as good.
         let _ = tokio_rustls::rustls::crypto::ring::default_provider().install_default();
         let http = reqwest::Client::builder()
@@ -122,30 +161,43 @@ impl Scraper {
             slots: Semaphore::new(CONCURRENCY),
             wake,
             services: Mutex::default(),
+            tasks: AtomicU64::default(),
         })))
     }
 
-    /// What the pods of a service said last. From now on these are asked, for as long as this is called now and then.
-    pub fn watch(&self, key: &Key, model: &str, targets: Vec<Target>) -> Round {
+    /// What is known of a service. From now on its pods are asked, for as long as this is called now and then; without
+    /// questions, they are not any more.
+    pub fn look(&self, key: &Key, questions: Option<Questions>) -> Option<Scaling> {
+        let Some(Questions { model, targets }) = questions else {
+            self.forget(key);
+            return None;
+        };
         let mut services = self.0.services();
         let service = services.entry(key.clone()).or_default();
+        service.model = model;
         service.targets = targets;
         service.asked_for = Some(Instant::now());
-        if !service.is_running {
-            service.is_running = true;
-            tokio::spawn(run(Arc::downgrade(&self.0), key.clone(), model.to_owned()));
+        if service.task == 0 {
+            service.task = self.0.tasks.fetch_add(1, Ordering::Relaxed) + 1;
+            tokio::spawn(run(Arc::downgrade(&self.0), key.clone(), service.task));
         }
-        service.round.clone()
+        Some(Scaling {
+            round: service.round.clone(),
+            decided: service.decided.clone(),
+            now: Timestamp::now(),
+        })
+    }
+
+    /// Keeps what was decided in a round, for the next decision.
+    pub fn remember(&self, key: &Key, round: u64, decision: &Decision) {
+        if let Some(service) = self.0.services().get_mut(key) {
+            service.decided = Some((round, decision.clone()));
+        }
     }
 
     /// The service is gone, or does not scale by itself any more.
     pub fn forget(&self, key: &Key) {
         self.0.services().remove(key);
-    }
-
-    /// Every service of which `keep` says no is gone.
-    pub fn retain(&self, keep: impl Fn(&Key) -> bool) {
-        self.0.services().retain(|key, _| keep(key));
     }
 }
 
@@ -155,9 +207,10 @@ impl Inner {
     }
 
     /// The pods to ask, with what is known of each; none if nobody asks for the service any more.
-    fn due(&self, key: &Key) -> Option<Vec<(Target, Pod)>> {
+    fn due(&self, key: &Key, task: u64) -> Option<(String, Vec<(Target, Pod)>)> {
         let mut services = self.services();
-        let service = services.get(key)?;
+        // One that was forgotten and is asked for again has another task.
+        let service = services.get(key).filter(|service| service.task == task)?;
         if service
             .asked_for
             .is_none_or(|asked_for| asked_for.elapsed() > UNWATCHED)
@@ -166,13 +219,8 @@ impl Inner {
             return None;
         }
         let known = |target: &Target| service.pods.get(&target.uid).cloned().unwrap_or_default();
-        Some(
-            service
-                .targets
-                .iter()
-                .map(|target| (target.clone(), known(target)))
-                .collect(),
-        )
+        let due = service.targets.iter().map(|target| (target.clone(), known(target)));
+        Some((service.model.clone(), due.collect()))
     }
 
     /// Keeps what the pods said. What they did not is kept for a while.
@@ -185,7 +233,7 @@ impl Inner {
         for (target, pod, silence) in answers {
             let is_fresh = pod.reading.as_ref().is_some_and(|(at, _)| at.elapsed() < PATIENCE);
             let said = match silence {
-                Some(silence) if !is_fresh => Err(silence.to_string()),
+                Some(silence) if !is_fresh => Err(silence),
                 _ => Ok(pod.load.clone()),
             };
             service.round.pods.insert(target.pod, said);
@@ -250,16 +298,16 @@ impl Inner {
 }
 
 /// Rounds of one service, until nobody asks for it.
-async fn run(inner: Weak<Inner>, key: Key, model: String) {
+async fn run(inner: Weak<Inner>, key: Key, task: u64) {
     loop {
         let started = Instant::now();
         let Some(inner) = inner.upgrade() else { return };
-        let Some(due) = inner.due(&key) else { return };
+        let Some((model, due)) = inner.due(&key, task) else {
+            return;
+        };
         let answers = join_all(due.into_iter().map(|(target, pod)| inner.ask(target, pod, &model))).await;
         inner.done(&key, answers);
-        if let Some(wake) = &inner.wake {
-            wake.wake(key.clone());
-        }
+        inner.wake.wake(key.clone());
         drop(inner);
         tokio::time::sleep(PERIOD.saturating_sub(started.elapsed())).await;
     }
@@ -303,7 +351,7 @@ mod tests {
     }
 
     async fn ask(base: &str) -> Result<Load, String> {
-        let scraper = Scraper::new(None).expect("a client");
+        let scraper = Scraper::new(Wake::default()).expect("a client");
         let (_, pod, silence) = scraper.0.ask(target("p", base), Pod::default(), "chat").await;
         silence.map_or(Ok(pod.load), |silence| Err(silence.to_string()))
     }
@@ -355,16 +403,21 @@ mod tests {
         let mute = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let mute = format!("http://{}", mute.local_addr().expect("an address"));
         let good = serve(Router::new().route("/metrics", get(|| async { FIGURES }))).await;
-        let scraper = Scraper::new(None).expect("a client");
+        let scraper = Scraper::new(Wake::default()).expect("a client");
         let key = Key {
             kind: ResourceKind::InferenceService,
             namespace: "ns".into(),
             name: "chat".into(),
         };
-        let targets = vec![target("good", &good), target("mute", &mute)];
+        let questions = || {
+            Some(Questions {
+                model: "chat".into(),
+                targets: vec![target("good", &good), target("mute", &mute)],
+            })
+        };
         let deadline = Instant::now() + TIMEOUT * 4;
         let round = loop {
-            let round = scraper.watch(&key, "chat", targets.clone());
+            let round = scraper.look(&key, questions()).expect("it is asked for").round;
             if round.number > 0 {
                 break round;
             }
@@ -372,11 +425,8 @@ mod tests {
             tokio::time::sleep(Duration::from_millis(20)).await;
         };
         assert_eq!(round.pods["good"].as_ref().map(|load| load.waiting), Ok(Some(3.0)));
-        assert!(
-            round.pods["mute"].as_ref().is_err_and(|why| why.contains("no answer")),
-            "{round:?}"
-        );
+        assert_eq!(round.pods["mute"], Err(Silence::Timeout));
         scraper.forget(&key);
-        assert_eq!(scraper.0.due(&key).map(|due| due.len()), None, "its task ends");
+        assert!(scraper.0.due(&key, 1).is_none(), "its task ends");
     }
 }

@@ -131,6 +131,7 @@ pub async fn gather<K: Kind>(
         budget,
         budgets,
         progress,
+        scaling: None,
         refused: Refused::default(),
     })
 }

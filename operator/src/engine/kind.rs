@@ -17,10 +17,12 @@ use kube::Resource;
 use kube::core::object::HasStatus;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use strata_api::{ArtifactStatus, InferenceServiceStatus, Reason, RunStatus};
+use strata_api::{ArtifactStatus, InferenceServiceStatus, Reason, RunStatus, ScalingEvent};
 use strata_contract::{Progress, Task, Uri};
 
 use super::cache::Cached;
+use crate::autoscale::policy::Decision;
+use crate::autoscale::scrape::{Questions, Scaling};
 
 /// The four kinds, in the order of a model's life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -129,6 +131,8 @@ pub struct Observed {
     pub budgets: Vec<PodDisruptionBudget>,
     /// What running pods said about their progress, by UID of the pod.
     pub progress: BTreeMap<String, Progress>,
+    /// What the pods of a service say that scales by itself.
+    pub scaling: Option<Scaling>,
     /// What the server did not take of what was planned.
     pub refused: Refused,
 }
@@ -256,6 +260,11 @@ pub struct Outcome<S> {
 pub trait Status: Clone + Default + PartialEq + fmt::Debug + Serialize + DeserializeOwned + Send + Sync {
     /// The part that all kinds share.
     fn run_status(&self) -> &RunStatus;
+
+    /// The last change of the number of pods.
+    fn scaling_event(&self) -> Option<&ScalingEvent> {
+        None
+    }
 }
 
 impl Status for RunStatus {
@@ -267,6 +276,10 @@ impl Status for RunStatus {
 impl Status for InferenceServiceStatus {
     fn run_status(&self) -> &RunStatus {
         &self.run_status
+    }
+
+    fn scaling_event(&self) -> Option<&ScalingEvent> {
+        self.scaling_history.first()
     }
 }
 
@@ -295,6 +308,16 @@ pub trait Kind:
 
     /// What those that refer to it see of it.
     fn upstream(&self) -> Upstream;
+
+    /// What its pods are asked, where their number follows what they say.
+    fn questions(&self, _pods: &[Pod]) -> Option<Questions> {
+        None
+    }
+
+    /// What was decided about the number of its pods, and in which round of questions.
+    fn decided(_checked: &Result<Self::Checked, Refusal>) -> Option<(u64, &Decision)> {
+        None
+    }
 
     /// Judges the spec against what is there.
     ///

@@ -4,6 +4,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::jiff::Timestamp;
 use kube::core::object::HasStatus;
 use kube::runtime::events::Recorder;
@@ -19,6 +20,7 @@ use super::index::Index;
 use super::kind::{Env, Key, Kind, Observed, Planned, Refusal, Status};
 use super::progress::Poller;
 use super::{status, work};
+use crate::autoscale::scrape::Scraper;
 use crate::metrics::Metrics;
 
 /// Longest time for one reconcile: a server that accepts connections and never answers must not hold a place for ever.
@@ -43,6 +45,8 @@ pub struct Context {
     pub failures: Failures,
     /// Asks pods for their progress.
     pub poller: Poller,
+    /// Asks serving pods for their metrics.
+    pub scraper: Scraper,
     /// Publishes Events.
     pub recorder: Recorder,
     /// What is counted.
@@ -130,11 +134,18 @@ async fn step<K: Kind>(key: &Key, context: &Context) -> Result<Option<Duration>,
     let observed = observed.with(applied);
     let outcome = resource.report(&checked, &observed, Timestamp::now());
 
-    let transitions = status::transitions(resource.status().map(Status::run_status), outcome.status.run_status());
+    let transitions = status::all_transitions(resource.status(), &outcome.status);
     context.metrics.ready(key, status::ready(&outcome.status));
     if status::write(&context.client, &context.caches, &resource, outcome.status).await? {
         context.metrics.status_written(key.kind);
         status::publish(&context.recorder, &resource, &transitions).await;
+    }
+    match K::decided(&checked) {
+        Some((round, decision)) => {
+            context.scraper.remember(key, round, decision);
+            context.metrics.scaled(key, decision);
+        }
+        None => context.metrics.not_scaled(key),
     }
     if let Some((reason, message)) = observed.refused.run.or(observed.refused.serving) {
         return Err(Error::Refused(reason, message));
@@ -163,7 +174,8 @@ async fn decide<K: Kind>(source: Source<'_>, key: &Key, context: &Context) -> Re
     if resource.meta().deletion_timestamp.is_some() {
         return Ok(None);
     }
-    let observed = gather(source, key, &resource, &context.poller).await?;
+    let mut observed = gather(source, key, &resource, &context.poller).await?;
+    observed.scaling = context.scraper.look(key, resource.questions(&observed.pods));
     let checked = resource.check(&observed, &context.env);
     let now = Timestamp::now();
     let planned = resource.plan(&checked, &observed, now);
@@ -197,7 +209,12 @@ fn does_harm_if_old<K: Kind>(decision: &Decision<K>) -> bool {
     let starts_again = planned.start.is_some() && before.run.is_some();
     let judges_an_end = failure(said_run).is_some() && failure(said_run) != failure(before);
     let misses_an_input = resource.refs().iter().any(|to| !observed.upstream.contains_key(to));
-    takes_away || starts_again || judges_an_end || (misses_an_input && resource.status() != Some(said))
+    // Who else writes their number is in no cache.
+    let replicas = |deployment: &Option<Deployment>| deployment.as_ref().and_then(|one| one.spec.as_ref()?.replicas);
+    let scales = observed.scaling.is_some()
+        && planned.deployment.is_some()
+        && replicas(&planned.deployment) != replicas(&observed.deployment);
+    takes_away || starts_again || judges_an_end || scales || (misses_an_input && resource.status() != Some(said))
 }
 
 /// [`RESYNC`] and up to a fifth more, by the key, so that not all come at once.
@@ -213,4 +230,5 @@ pub fn forget(key: &Key, context: &Context) {
     context.metrics.forget(key);
     context.failures.clear(key);
     context.caches.forget(key);
+    context.scraper.forget(key);
 }

@@ -63,6 +63,28 @@ pub struct Transition {
     pub note: String,
 }
 
+/// What happened between two statuses, scaling included.
+pub fn all_transitions<S: Status>(before: Option<&S>, after: &S) -> Vec<Transition> {
+    let mut all = transitions(before.map(Status::run_status), after.run_status());
+    let event = after.scaling_event();
+    if let Some(event) = event.filter(|event| before.and_then(Status::scaling_event) != Some(event)) {
+        let reason = if event.to > event.from {
+            "ScaledUp"
+        } else {
+            "ScaledDown"
+        };
+        all.push(Transition {
+            is_warning: false,
+            reason: reason.into(),
+            note: format!(
+                "from {} to {}: {}: {}",
+                event.from, event.to, event.reason, event.message
+            ),
+        });
+    }
+    all
+}
+
 /// What happened between two statuses: another reason of Ready, another failed attempt, another artifact.
 pub fn transitions(before: Option<&RunStatus>, after: &RunStatus) -> Vec<Transition> {
     let mut all = Vec::new();

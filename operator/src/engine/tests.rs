@@ -18,6 +18,7 @@ use super::kind::ResourceKind;
 use super::progress::Poller;
 use super::reconcile::{Context, reconcile};
 use super::watch::Wake;
+use crate::autoscale::scrape::Scraper;
 use crate::fixtures::{dataset, env, inference, key, pretrain};
 use crate::metrics::Metrics;
 use caches::Follower;
@@ -44,6 +45,7 @@ fn context(server: &Arc<Server>, leads: bool) -> Context {
         index: Arc::default(),
         failures: Failures::default(),
         poller: Poller::new(Wake::default()),
+        scraper: Scraper::new(Wake::default()).expect("a client"),
         recorder: Recorder::new(client, reporter),
         metrics: Arc::new(Metrics::new().expect("metrics register")),
     }

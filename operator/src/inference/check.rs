@@ -3,6 +3,7 @@
 use strata_api::{Common, InferenceService, KvCacheDtype, PodOverrides, SecretKey};
 use strata_contract::{Input, QuantizationFormat, QuantizeConfig, Stage};
 
+use super::scale::{Scaled, scaled};
 use crate::engine::kind::{Env, Observed, Refusal, ResourceKind};
 use crate::run::check::{check as check_run, check_pod, gates, unsigned};
 use crate::run::{InputRef, Order, Runs};
@@ -14,6 +15,12 @@ use crate::workload::service::Scheme;
 const DEFAULT_KV_CACHE_BYTES: u64 = 256 << 20;
 /// Smallest memory of that cache, in bytes.
 const MIN_KV_CACHE_BYTES: u64 = 1 << 20;
+/// Time that running answers get where the spec does not say, in seconds: another default would restart all pods that serve.
+const DRAIN_SECONDS: i64 = 25;
+/// And where pods go by themselves, at any time.
+const SCALED_DRAIN_SECONDS: i64 = 300;
+/// Longest such time, in seconds: a node that is to go waits for it.
+const MOST_DRAIN_SECONDS: i64 = 86_400;
 /// Memory of a serving pod besides the cache and the weights, in MiB.
 const SERVE_BASE_MIB: u64 = 256;
 
@@ -63,6 +70,8 @@ pub struct Serving {
     pub image: String,
     /// Number of pods; 0 while suspended.
     pub replicas: i32,
+    /// What led to that number, where it follows what pods say.
+    pub scaled: Option<Scaled>,
     /// Whether the user wants it stopped.
     pub is_suspended: bool,
     /// Where the keys are that clients must present.
@@ -77,11 +86,20 @@ pub struct Serving {
     pub kv_cache_dtype: KvCacheDtype,
     /// Whether blocks of a shared prefix are reused.
     pub prefix_caching: bool,
+    /// Time that running answers get before a pod ends, in seconds.
+    pub drain_seconds: i64,
     /// Longest sequence; absent: the model's own.
     pub max_sequence_tokens: Option<u32>,
 }
 
 impl Serving {
+    /// Pods that must answer: of those that scaling wants, the last ones may be starting.
+    pub fn enough(&self) -> i32 {
+        self.scaled
+            .as_ref()
+            .map_or(self.replicas, |scaled| scaled.min.min(self.replicas))
+    }
+
     /// What the server speaks.
     pub fn scheme(&self) -> Scheme {
         match self.tls_secret {
@@ -109,12 +127,13 @@ impl Serving {
 /// # Errors
 /// The condition that says why nothing is run.
 pub fn check(service: &InferenceService, observed: &Observed, env: &Env) -> Result<Checked, Refusal> {
-    let serving = serving(service, env).map_err(|message| Refusal::Spec(strata_api::Reason::SpecInvalid, message))?;
+    let serving =
+        serving(service, observed, env).map_err(|message| Refusal::Spec(strata_api::Reason::SpecInvalid, message))?;
     let order = check_run(service, observed, env);
     Ok(Checked { order, serving })
 }
 
-fn serving(service: &InferenceService, env: &Env) -> Result<Serving, String> {
+fn serving(service: &InferenceService, observed: &Observed, env: &Env) -> Result<Serving, String> {
     let cache = service.spec.kv_cache.clone().unwrap_or_default();
     let kv_cache_bytes = match &cache.memory {
         None => DEFAULT_KV_CACHE_BYTES,
@@ -131,10 +150,20 @@ fn serving(service: &InferenceService, env: &Env) -> Result<Serving, String> {
     let pod = service.spec.common.pod.clone().unwrap_or_default();
     check_pod(&pod)?;
     let suspend = service.spec.common.suspend.unwrap_or(false);
+    let scaled = match &service.spec.autoscale {
+        None => None,
+        Some(autoscale) => Some(scaled(service, autoscale, observed)?).filter(|_| !suspend),
+    };
+    let replicas = match &scaled {
+        _ if suspend => 0,
+        Some(scaled) => scaled.replicas,
+        None => service.spec.replicas.unwrap_or(1),
+    };
     Ok(Serving {
         pod,
         image: env.runtime_image.clone(),
-        replicas: if suspend { 0 } else { service.spec.replicas.unwrap_or(1) },
+        replicas,
+        scaled,
         is_suspended: suspend,
         api_keys: service.spec.auth.as_ref().map(|auth| auth.secret.clone()),
         tls_secret: service.spec.tls.as_ref().map(|tls| tls.secret_name.clone()),
@@ -142,10 +171,23 @@ fn serving(service: &InferenceService, env: &Env) -> Result<Serving, String> {
         kv_cache_bytes,
         kv_cache_dtype: cache.dtype.unwrap_or_default(),
         prefix_caching: cache.prefix_caching.unwrap_or(true),
+        drain_seconds: drain_seconds(service)?,
         max_sequence_tokens: service
             .spec
             .max_sequence_tokens
             .map(|tokens| unsigned("spec.maxSequenceTokens", tokens))
             .transpose()?,
     })
+}
+
+fn drain_seconds(service: &InferenceService) -> Result<i64, String> {
+    match &service.spec.drain {
+        Some(drain) => drain
+            .seconds()
+            .and_then(|seconds| i64::try_from(seconds).ok())
+            .filter(|seconds| *seconds <= MOST_DRAIN_SECONDS)
+            .ok_or_else(|| format!("spec.drain must be a time of at most 24h, such as 5m; got {}", drain.0)),
+        None if service.spec.autoscale.is_some() => Ok(SCALED_DRAIN_SECONDS),
+        None => Ok(DRAIN_SECONDS),
+    }
 }

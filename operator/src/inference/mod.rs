@@ -5,16 +5,24 @@ mod check;
 mod phase;
 mod plan;
 mod report;
+mod scale;
+mod scaling;
+#[cfg(test)]
+mod scaling_tests;
 #[cfg(test)]
 mod tests;
 
+use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::jiff::Timestamp;
 use strata_api::{InferenceService, InferenceServiceStatus};
 
+use crate::autoscale::policy::Decision;
+use crate::autoscale::scrape::Questions;
 use crate::engine::kind::{Env, Kind, Observed, Outcome, Planned, Ref, Refusal, ResourceKind, Upstream};
 use crate::run;
 
 pub use check::Checked;
+pub use scaling::observed;
 
 impl Kind for InferenceService {
     const KIND: ResourceKind = ResourceKind::InferenceService;
@@ -27,6 +35,16 @@ impl Kind for InferenceService {
 
     fn upstream(&self) -> Upstream {
         run::upstream(self)
+    }
+
+    fn questions(&self, pods: &[Pod]) -> Option<Questions> {
+        scale::questions(self, pods)
+    }
+
+    fn decided(checked: &Result<Checked, Refusal>) -> Option<(u64, &Decision)> {
+        let scaled = checked.as_ref().ok()?.serving.scaled.as_ref()?;
+        // Before anybody was asked, nothing was decided.
+        (scaled.round > 0).then_some((scaled.round, &scaled.decision))
     }
 
     fn check(&self, observed: &Observed, env: &Env) -> Result<Checked, Refusal> {

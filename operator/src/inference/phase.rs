@@ -65,9 +65,21 @@ pub fn standing(
     let status = deployment.status.clone().unwrap_or_default();
     let is_seen =
         deployment.metadata.generation.is_some() && status.observed_generation >= deployment.metadata.generation;
-    let complete = is_seen && status.updated_replicas == Some(wanted) && status.replicas == Some(wanted);
     let is_current = |pod: &&&Pod| is_ready(pod) && digest(pod) == Some(&artifact.digest);
     let current = pods.iter().filter(is_current).count();
+    // While only their number changes, those that answer are enough.
+    let is_scaling = serving.scaled.is_some()
+        && is_seen
+        && status.updated_replicas == status.replicas
+        && status.available_replicas >= Some(serving.enough())
+        && i32::try_from(current).is_ok_and(|current| current >= serving.enough());
+    if is_scaling {
+        return standing(
+            Reason::Serving,
+            format!("{current} of {wanted} pods answer with {}", artifact.digest),
+        );
+    }
+    let complete = is_seen && status.updated_replicas == Some(wanted) && status.replicas == Some(wanted);
     let enough = usize::try_from(wanted).is_ok_and(|wanted| current >= wanted);
     if complete && enough && status.available_replicas == Some(wanted) {
         return standing(

@@ -24,10 +24,8 @@ use crate::workload::{budget, deployment, labels, service, volume};
 /// Time that the server in the pod goes on as before after it is asked to stop, in seconds: the default of its
 /// `--shutdown-delay`. It is not handed in: pods keep their image, and an older one may not know it.
 const SHUTDOWN_DELAY_SECONDS: i64 = 5;
-/// Time that it gives running answers after that, in seconds.
-const SHUTDOWN_TIMEOUT_SECONDS: i64 = 25;
-/// Time that a serving pod has to stop in, in seconds: both, and as much again for a loaded machine.
-const SERVE_GRACE_SECONDS: i64 = 2 * (SHUTDOWN_DELAY_SECONDS + SHUTDOWN_TIMEOUT_SECONDS);
+/// Shortest time for a loaded machine after both, in seconds.
+const SHUTDOWN_SPARE_SECONDS: i64 = 30;
 
 /// Where Secrets are mounted, and what their files are called there.
 const KEYS_DIR: &str = "/etc/strata/api-keys";
@@ -159,7 +157,7 @@ fn pods(name: &str, serving: &Serving, served: &Served) -> PodTemplateSpec {
         claims: &claims,
         volumes: secrets(serving),
         sizes: serving.sizes(served.bytes),
-        grace_seconds: SERVE_GRACE_SECONDS,
+        grace_seconds: SHUTDOWN_DELAY_SECONDS + serving.drain_seconds + SHUTDOWN_SPARE_SECONDS,
         restart_policy: None,
         overrides: &serving.pod,
     })
@@ -197,7 +195,7 @@ fn command(name: &str, serving: &Serving, served: &Served) -> Vec<String> {
         ("--block-size", serving.block_tokens.to_string()),
         ("--kv-cache-memory-bytes", serving.kv_cache_bytes.to_string()),
         ("--kv-cache-dtype", dtype.to_owned()),
-        ("--shutdown-timeout", SHUTDOWN_TIMEOUT_SECONDS.to_string()),
+        ("--shutdown-timeout", serving.drain_seconds.to_string()),
     ];
     let length = serving
         .max_sequence_tokens

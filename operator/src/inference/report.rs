@@ -6,6 +6,7 @@ use strata_api::{ConditionType, InferenceService, InferenceServiceStatus, Reason
 
 use super::Checked;
 use super::phase::{digest, is_ready, serving_pods, standing};
+use super::scaling;
 use crate::engine::kind::{Observed, Outcome, Refusal};
 use crate::run::conditions::Finding;
 use crate::run::report::judge;
@@ -38,6 +39,22 @@ pub fn report(
             Finding::new(ConditionType::Available, standing.reason, standing.message)
         }
     };
+    let before = resource.status.as_ref();
+    let (mut findings, mut scale, mut history) = (Vec::new(), None, Vec::new());
+    if let (Some(autoscale), Ok(checked)) = (&resource.spec.autoscale, checked) {
+        match &checked.serving.scaled {
+            Some(scaled) => {
+                findings.extend(scaling::findings(resource, scaled, autoscale));
+                (scale, history) = scaling::status(scaled, before, now);
+            }
+            // While it is suspended, nothing is forgotten.
+            None => {
+                scale = before.and_then(|before| before.autoscale.clone());
+                history = before.map(|before| before.scaling_history.clone()).unwrap_or_default();
+            }
+        }
+    }
+    findings.push(available);
     let name = resource.name_any();
     let counts = deployment.and_then(|deployment| deployment.status.clone());
     let digests: Vec<&String> = pods
@@ -54,7 +71,7 @@ pub fn report(
     Outcome {
         requeue: judged.requeue,
         status: InferenceServiceStatus {
-            run_status: judged.finish(&[available], now),
+            run_status: judged.finish(&findings, now),
             url: address.map(|service| {
                 let scheme = Scheme::of(service).url();
                 format!("{scheme}://{name}.{}.svc", resource.namespace().unwrap_or_default())
@@ -63,6 +80,8 @@ pub fn report(
             replicas: Some(counts.as_ref().and_then(|status| status.replicas).unwrap_or(0)),
             ready_replicas: Some(counts.as_ref().and_then(|status| status.ready_replicas).unwrap_or(0)),
             selector: Some(selector.join(",")),
+            autoscale: scale,
+            scaling_history: history,
         },
     }
 }

@@ -265,16 +265,34 @@ fn a_refused_spec_leaves_the_pods_that_serve_as_they_are() {
 
 #[test]
 fn pods_are_spread_over_nodes_and_have_time_to_stop() {
-    let (_, observed) = serving(json!({}));
-    let deployment = observed.deployment.expect("served");
-    let spread = part(&deployment, "/spec/template/spec/topologySpreadConstraints/0");
-    assert_eq!(spread["topologyKey"], "kubernetes.io/hostname");
-    assert_eq!(spread["whenUnsatisfiable"], "ScheduleAnyway");
-    assert_eq!(spread["labelSelector"], part(&deployment, "/spec/selector"));
-    let grace = part(&deployment, "/spec/template/spec/terminationGracePeriodSeconds");
+    for (change, drain) in [
+        (json!({}), 25),
+        (json!({"drain": "2m"}), 120),
+        (
+            json!({"autoscale": {"maxReplicas": 2, "targets": {"waitingRequests": 2}}, "replicas": 1}),
+            300,
+        ),
+    ] {
+        let (_, observed) = serving(change);
+        let deployment = observed.deployment.expect("served");
+        let spread = part(&deployment, "/spec/template/spec/topologySpreadConstraints/0");
+        assert_eq!(spread["topologyKey"], "kubernetes.io/hostname");
+        assert_eq!(spread["whenUnsatisfiable"], "ScheduleAnyway");
+        assert_eq!(spread["labelSelector"], part(&deployment, "/spec/selector"));
+        let command = part(&deployment, "/spec/template/spec/containers/0/command").to_string();
+        assert!(
+            command.contains(&format!("\"--shutdown-timeout\",\"{drain}\"")),
+            "{command}"
+        );
+        let grace = part(&deployment, "/spec/template/spec/terminationGracePeriodSeconds");
+        assert!(
+            grace.as_i64() > Some(5 + drain),
+            "its --shutdown-delay and --shutdown-timeout: {grace}"
+        );
+    }
+    let long = inference("s", json!({"drain": "25h"}));
     assert!(
-        grace.as_i64() > Some(5 + 25),
-        "its --shutdown-delay and --shutdown-timeout: {grace}"
+        matches!(long.check(&around('a'), &env()), Err(Refusal::Spec(_, message)) if message.contains("spec.drain"))
     );
 }
 

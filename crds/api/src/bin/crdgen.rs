@@ -279,6 +279,8 @@ fn conditions() -> String {
          | `Accepted` | all | The spec can be carried out here. |\n\
          | `InputsReady` | all | Everything that the run reads was published, or is a plain URI. |\n\
          | `Succeeded` | all | The current run published its artifact. |\n\
+         | `MetricsAvailable` | InferenceService with `autoscale` | The pods say what scaling aims at. |\n\
+         | `ScalingEffective` | InferenceService with `autoscale` | The number of pods is what scaling wants. |\n\
          | `Available` | InferenceService | The wanted number of pods answers with the current artifact. |\n\
          | `Ready` | all | All of the above. |\n\n\
          ## Reasons\n\nThe same words stand in conditions, Events and metrics.\n\n\

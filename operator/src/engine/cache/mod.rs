@@ -121,10 +121,16 @@ struct PodSpec {
 }
 
 #[derive(Deserialize, Serialize)]
+#[serde(rename_all = "camelCase")]
 struct Container {
     name: Box<RawValue>,
     #[serde(skip_serializing_if = "Option::is_none")]
     image: Raw,
+    /// Where a serving pod is asked for its metrics, and in which scheme.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ports: Raw,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    readiness_probe: Raw,
 }
 
 #[derive(Deserialize, Serialize)]
