@@ -13,7 +13,7 @@ WHERE := --cluster "$(CLUSTER)" --registry "$(REGISTRY)" --storage-class "$(STOR
 # The slot of the tests' cluster; the demo has slot 0, so that both can run at once.
 SLOT ?= 1
 # Always the whole workspace, filtered by target: with `-p`, cargo would choose other features and compile all anew.
-E2E := bed manifests chart bad_input release story
+E2E := bed health manifests chart bad_input release story
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-down test preflight lint lint-cuda deny generate generated test-unit test-e2e test-argocd test-interop test-clients bench-serve test-parity performance-page soak-serve fuzz programs bed bed-down

@@ -3,6 +3,7 @@
 //!
 //! Its API server, user interface and single sign-on are left out: nothing of Strata passes through them.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::net::TcpListener;
 use std::os::unix::process::CommandExt as _;
@@ -239,11 +240,72 @@ pub fn config() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../config/argocd")
 }
 
+/// One of `config/argocd/health-fixtures.yaml`.
+#[derive(Debug, serde::Deserialize)]
+pub struct Fixture {
+    /// What it is about.
+    pub case: String,
+    metadata: Value,
+    #[serde(default)]
+    status: Value,
+    /// What there is to say about it.
+    pub health: Health,
+}
+
+/// What Argo CD says of a resource.
+#[derive(Debug, PartialEq, Eq, serde::Deserialize)]
+pub struct Health {
+    /// One of its words.
+    pub status: String,
+    /// In a sentence.
+    pub message: String,
+}
+
+impl Fixture {
+    /// The fixture as a resource of `kind`.
+    #[must_use]
+    pub fn of(&self, kind: &str) -> Value {
+        let mut resource = json!({"apiVersion": "strata.dev/v1alpha1", "kind": kind, "metadata": self.metadata});
+        if !self.status.is_null() {
+            resource["status"] = self.status.clone();
+        }
+        resource
+    }
+}
+
+/// `config/argocd/health-fixtures.yaml`.
+///
+/// # Errors
+/// It cannot be read.
+pub fn fixtures() -> Result<Vec<Fixture>> {
+    Ok(serde_yaml::from_str(&fs::read_to_string(
+        config().join("health-fixtures.yaml"),
+    )?)?)
+}
+
+/// The scripts of `config/argocd/argocd-cm.yaml` by kind.
+///
+/// # Errors
+/// It cannot be read, or holds something else.
+pub fn scripts() -> Result<BTreeMap<String, String>> {
+    let map: Value = serde_yaml::from_str(&fs::read_to_string(config().join("argocd-cm.yaml"))?)?;
+    let data: BTreeMap<String, String> = serde_json::from_value(map["data"].clone())?;
+    let kind = |(key, script): (String, String)| {
+        let kind = key.strip_prefix("resource.customizations.health.strata.dev_");
+        Ok((
+            kind.with_context(|| format!("{key} is no health of a kind"))?
+                .to_owned(),
+            script,
+        ))
+    };
+    data.into_iter().map(kind).collect()
+}
+
 /// What Argo CD's own command line makes of a resource's health by the ConfigMap of `config/argocd`: status and message.
 ///
 /// # Errors
 /// It cannot judge it.
-pub fn health(resource: &Value, folder: &Path) -> Result<(String, String)> {
+pub fn health(resource: &Value, folder: &Path) -> Result<Health> {
     let path = folder.join("resource.yaml");
     fs::write(&path, serde_yaml::to_string(resource)?)?;
     let mut argocd = Command::new(tool(Program::Argocd)?);
@@ -261,8 +323,10 @@ pub fn health(resource: &Value, folder: &Path) -> Result<(String, String)> {
             .find_map(|line| line.strip_prefix(name))
             .map(|text| text.trim().to_owned())
     };
-    let status = field("STATUS:").with_context(|| format!("no verdict: {said}"))?;
-    Ok((status, field("MESSAGE:").unwrap_or_default()))
+    Ok(Health {
+        status: field("STATUS:").with_context(|| format!("no verdict: {said}"))?,
+        message: field("MESSAGE:").unwrap_or_default(),
+    })
 }
 
 /// Health and sync of the resource `KIND/NAME` of an Application.

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
-use strata_api::{AlignmentJob, Dataset, InferenceService, PretrainJob, Reason, Verdict};
-use strata_e2e::argocd::{self, ArgoCd, health, resource};
+use strata_api::{AlignmentJob, Dataset, InferenceService, PretrainJob};
+use strata_e2e::argocd::{self, ArgoCd, resource};
 use strata_e2e::strata::ready;
 use strata_e2e::{Context, audit, install, run, wait, with_temp_ns};
 
@@ -91,47 +91,13 @@ fn pairs() -> String {
     (0..64).map(|number| pair(number) + "\n").collect()
 }
 
-/// `config/argocd/health-fixtures.yaml`, and every reason by the verdict in its own table.
+/// With Argo CD's own program; `health.rs` has every reason, in `make test`.
 #[test]
-fn argo_cd_judges_each_kind_as_its_conditions_say() -> Result<()> {
+fn argo_cd_judges_the_fixtures_as_they_say() -> Result<()> {
     let folder = tempfile::tempdir()?;
-    let fixtures: Vec<Value> =
-        serde_yaml::from_str(&fs::read_to_string(argocd::config().join("health-fixtures.yaml"))?)?;
-    let fixture = |kind: &str, fixture: &Value| json!({"apiVersion": "strata.dev/v1alpha1", "kind": kind, "metadata": fixture["metadata"], "status": fixture["status"]});
-    for case in &fixtures {
-        let said = health(&fixture("Dataset", case), folder.path())?;
-        let wanted = [&case["health"]["status"], &case["health"]["message"]];
-        ensure!(
-            wanted == [&said.0, &said.1],
-            "{}: Argo CD says {said:?} instead of {wanted:?}",
-            case["case"]
-        );
-    }
-    let done = fixtures
-        .iter()
-        .find(|case| case["case"] == "done")
-        .context("a fixture that is done")?;
-    for kind in ["PretrainJob", "AlignmentJob", "InferenceService"] {
-        let said = health(&fixture(kind, done), folder.path())?;
-        ensure!(said.0 == "Healthy", "{kind}: {said:?}");
-    }
-    for reason in Reason::ALL {
-        let (status, wanted) = match reason.verdict() {
-            Verdict::True => ("True", "Healthy"),
-            Verdict::False => ("False", "Degraded"),
-            Verdict::Unknown if matches!(reason, Reason::Suspended | Reason::ScaledToZero) => ("Unknown", "Suspended"),
-            Verdict::Unknown => ("Unknown", "Progressing"),
-        };
-        let condition =
-            json!({"type": "Ready", "status": status, "reason": reason.name(), "message": reason.meaning()});
-        let case =
-            json!({"metadata": {"generation": 1}, "status": {"observedGeneration": 1, "conditions": [condition]}});
-        let said = health(&fixture("InferenceService", &case), folder.path())?;
-        ensure!(
-            said.0 == wanted,
-            "{}: Argo CD says {said:?} instead of {wanted}",
-            reason.name()
-        );
+    for case in argocd::fixtures()? {
+        let said = argocd::health(&case.of("Dataset"), folder.path())?;
+        ensure!(said == case.health, "{}: Argo CD says {said:?}", case.case);
     }
     Ok(())
 }

@@ -24,6 +24,7 @@ pub enum Program {
     Helm,
     Kubeconform,
     Crane,
+    LuaHealth,
     Argocd,
 }
 
@@ -45,7 +46,7 @@ pub const BED: [Program; 8] = [
 ];
 
 /// What only tests run.
-pub const TOOLS: [Program; 2] = [Program::Helm, Program::Kubeconform];
+pub const TOOLS: [Program; 3] = [Program::Helm, Program::Kubeconform, Program::LuaHealth];
 
 /// Argo CD: what `make test-argocd` runs, and nothing else.
 pub const ARGO_CD: [Program; 1] = [Program::Argocd];
@@ -74,7 +75,7 @@ enum Source {
     Main(&'static str),
 }
 
-const MODULES: [Module; 7] = [
+const MODULES: [Module; 8] = [
     Module {
         path: "k8s.io/kubernetes",
         version: "v1.36.3",
@@ -135,6 +136,15 @@ const MODULES: [Module; 7] = [
         programs: &[Program::Crane],
     },
     Module {
+        path: "github.com/yuin/gopher-lua",
+        // What Argo CD asks for.
+        version: "v1.1.1",
+        usual_minutes: 1,
+        source: Source::Main(include_str!("../../manifests/lua-health.go.txt")),
+        stamps: &[],
+        programs: &[Program::LuaHealth],
+    },
+    Module {
         path: "github.com/argoproj/argo-cd/v3",
         version: "v3.2.12",
         usual_minutes: 12,
@@ -160,6 +170,7 @@ impl Program {
             Self::Helm => "helm",
             Self::Kubeconform => "kubeconform",
             Self::Crane => "crane",
+            Self::LuaHealth => "lua-health",
             Self::Argocd => "argocd",
         }
     }

@@ -11,11 +11,11 @@ use std::str::FromStr;
 use crate::bed::cache;
 
 /// Beds that fit side by side on one machine.
-pub const SLOTS: u8 = 4;
+pub const SLOTS: u8 = 10;
 /// Where the API server of a bed listens, on [`Slot::node_address`].
 pub const API_PORT: u16 = 6443;
 
-/// One of the beds of this machine: 0 is the demo's, 1 that of `make test`, 2 and 3 are free for trials.
+/// One of the beds of this machine: 0 is the demo's, 1 that of `make test`, the others are free for trials.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Slot(u8);
 
@@ -37,13 +37,13 @@ impl Slot {
     /// Pod addresses, out of the benchmark range of RFC 2544: the private ranges collide with what machines use.
     #[must_use]
     pub fn pod_range(self) -> String {
-        format!("198.18.{}.0/18", self.0 * 64)
+        format!("198.18.{}.0/20", self.0 * 16)
     }
 
     /// Service addresses.
     #[must_use]
     pub fn service_range(self) -> String {
-        format!("{}/19", self.service(0))
+        format!("{}/21", self.service(0))
     }
 
     /// The address of the `kubernetes` Service: the first of the range, by Kubernetes' own rule.
@@ -83,7 +83,7 @@ impl Slot {
     }
 
     fn service(self, offset: u8) -> Ipv4Addr {
-        Ipv4Addr::new(198, 19, self.0 * 32, offset)
+        Ipv4Addr::new(198, 19, self.0 * 8, offset)
     }
 }
 
@@ -136,8 +136,8 @@ mod tests {
 
     #[test]
     fn a_slot_outside_the_range_is_refused() {
-        assert_eq!("3".parse::<Slot>(), Ok(Slot(3)));
-        assert!("4".parse::<Slot>().is_err());
+        assert_eq!("9".parse::<Slot>(), Ok(Slot(9)));
+        assert!("10".parse::<Slot>().is_err());
         assert!("-1".parse::<Slot>().is_err());
     }
 }

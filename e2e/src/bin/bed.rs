@@ -19,7 +19,7 @@ struct Arguments {
 enum Command {
     /// Installs Debian packages and compiles the Go programs that are missing.
     Build {
-        /// Also what only the tests run: helm and kubeconform.
+        /// Also what only the tests run: helm, kubeconform and the like.
         #[arg(long)]
         tools: bool,
         /// Also Argo CD.
@@ -49,7 +49,7 @@ enum Command {
 
 #[derive(clap::Args)]
 struct Where {
-    /// Which of the beds of this machine: 0 is the demo's, 1 the tests', 2 and 3 are free.
+    /// Which of the beds of this machine: 0 is the demo's, 1 the tests', 2 to 9 are free.
     #[arg(long, default_value = "0")]
     slot: Slot,
 }
