@@ -12,11 +12,13 @@ STORAGE_CLASS ?=
 WHERE := --cluster "$(CLUSTER)" --registry "$(REGISTRY)" --storage-class "$(STORAGE_CLASS)"
 # The slot of the tests' cluster; the demo has slot 0, so that both can run at once.
 SLOT ?= 1
+RESOURCES ?= 10000
+NODES ?= 1000
 # Always the whole workspace, filtered by target: with `-p`, cargo would choose other features and compile all anew.
 E2E := bed health manifests chart bad_input release story
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-down test preflight lint lint-cuda deny generate generated test-unit test-e2e test-argocd test-interop test-clients bench-serve test-parity performance-page soak-serve fuzz programs bed bed-down
+.PHONY: help demo demo-down test preflight lint lint-cuda deny generate generated test-unit test-e2e test-argocd test-interop test-clients bench-serve bench-operator test-parity performance-page soak-serve fuzz programs bed bed-down
 
 help: ## Show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -88,6 +90,10 @@ bench-serve: programs ## Speed beside a llama.cpp compiled here (BENCH_QUICK=1: 
 test-parity: programs ## The same numbers and texts as transformers, llama.cpp and Jinja2 (3 GB of Python packages)
 	cargo build --workspace --examples
 	e2e/bench/parity $(BIN) $(CARGO_TARGET_DIR)/parity.json $(wildcard ../shared/data/gsm8k-test.jsonl)
+
+bench-operator: programs ## RESOURCES (10000) on NODES (1000) that are not there, beside Kubernetes' own Job controller (20 minutes)
+	$(BIN)/bed build --tools
+	$(BIN)/bench-operator --slot $(SLOT) --resources $(RESOURCES) --nodes $(NODES)
 
 performance-page: ## Write what the two above measured into docs/performance.md
 	python3 -B e2e/bench/page.py $(CARGO_TARGET_DIR)/bench-serve.json $(CARGO_TARGET_DIR)/parity.json

@@ -6,8 +6,10 @@
 pub mod argocd;
 pub mod audit;
 pub mod bed;
+pub mod bench;
 pub mod demo;
 mod dump;
+pub mod fleet;
 pub mod image;
 pub mod install;
 pub mod namespace;

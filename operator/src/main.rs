@@ -10,11 +10,11 @@ use anyhow::Context as _;
 use clap::{Parser, ValueEnum};
 use kube::Client;
 use kube::client::ClientBuilder;
-use kube::runtime::events::{Recorder, Reporter};
 use strata_contract::Uri;
 use strata_operator::autoscale::scrape::Scraper;
 use strata_operator::engine::backoff::Failures;
 use strata_operator::engine::cache::Caches;
+use strata_operator::engine::events::Recorder;
 use strata_operator::engine::guard::{GuardLayer, Leadership};
 use strata_operator::engine::index::Index;
 use strata_operator::engine::kind::Env;
@@ -116,8 +116,10 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let listener = TcpListener::bind(arguments.metrics_addr)
         .await
         .with_context(|| format!("cannot listen on {}", arguments.metrics_addr))?;
+    let wake = Wake::default();
     let shown = Shown {
         metrics: metrics.clone(),
+        wake: wake.clone(),
         ready: ready.clone(),
     };
     let server = tokio::spawn(async move { axum::serve(listener, router(shown)).await });
@@ -170,7 +172,6 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     tracing::info!(identity, image = arguments.runtime_image, "leading");
 
     let index = Arc::new(Index::default());
-    let wake = Wake::default();
     let context = Arc::new(Context {
         client: client.clone(),
         env: Env {
@@ -182,13 +183,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         failures: Failures::default(),
         poller: Poller::new(wake.clone()),
         scraper: Scraper::new(wake.clone()).context("no TLS to ask pods with")?,
-        recorder: Recorder::new(
-            client.clone(),
-            Reporter {
-                controller: "strata-operator".into(),
-                instance: Some(identity),
-            },
-        ),
+        recorder: Recorder::new(client.clone(), "strata-operator", &identity),
         metrics: metrics.clone(),
     });
     let watches = Watches {

@@ -26,6 +26,7 @@ pub struct Metrics {
     status_writes: IntCounterVec,
     errors: IntCounterVec,
     resources: IntGaugeVec,
+    queued: IntGaugeVec,
     leader: IntGauge,
     resident: IntGauge,
     desired: IntGaugeVec,
@@ -90,6 +91,13 @@ impl Metrics {
             ),
             &["kind", "ready", "reason"],
         )?;
+        let queued = IntGaugeVec::new(
+            Opts::new(
+                "strata_operator_queued",
+                "Resources by kind that are being looked at, or are to be now.",
+            ),
+            &["kind"],
+        )?;
         let leader = IntGauge::new("strata_operator_leader", "1 if this replica leads, else 0.")?;
         let resident = IntGauge::new("process_resident_memory_bytes", "Resident memory in bytes.")?;
         let desired = IntGaugeVec::new(
@@ -111,6 +119,7 @@ impl Metrics {
         registry.register(Box::new(seconds.clone()))?;
         registry.register(Box::new(own_work.clone()))?;
         registry.register(Box::new(resources.clone()))?;
+        registry.register(Box::new(queued.clone()))?;
         registry.register(Box::new(leader.clone()))?;
         registry.register(Box::new(resident.clone()))?;
         Ok(Self {
@@ -121,6 +130,7 @@ impl Metrics {
             status_writes,
             errors,
             resources,
+            queued,
             leader,
             resident,
             desired,
@@ -147,6 +157,12 @@ impl Metrics {
     /// A status was written.
     pub fn status_written(&self, kind: ResourceKind) {
         self.status_writes.with_label_values(&[kind.name()]).inc();
+    }
+
+    /// How many resources of a kind are to be looked at.
+    pub fn queued(&self, kind: ResourceKind, count: usize) {
+        let count = i64::try_from(count).unwrap_or(i64::MAX);
+        self.queued.with_label_values(&[kind.name()]).set(count);
     }
 
     /// Whether this replica leads.

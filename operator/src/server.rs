@@ -10,6 +10,7 @@ use axum::http::header::CONTENT_TYPE;
 use axum::response::IntoResponse;
 use axum::routing::get;
 
+use crate::engine::watch::Wake;
 use crate::metrics::Metrics;
 
 /// What the server shows.
@@ -17,6 +18,8 @@ use crate::metrics::Metrics;
 pub struct Shown {
     /// The metrics.
     pub metrics: Arc<Metrics>,
+    /// What waits to be looked at.
+    pub wake: Wake,
     /// Whether this replica could work: it stands by, or it leads and its stores are filled.
     pub ready: Arc<AtomicBool>,
 }
@@ -31,6 +34,7 @@ pub fn router(shown: Shown) -> Router {
 }
 
 async fn metrics(State(shown): State<Shown>) -> impl IntoResponse {
+    shown.wake.count(&shown.metrics);
     match shown.metrics.render() {
         Ok(text) => (StatusCode::OK, [(CONTENT_TYPE, "text/plain; version=0.0.4")], text),
         Err(error) => (

@@ -26,6 +26,7 @@ pub enum Program {
     Crane,
     LuaHealth,
     Argocd,
+    Kwok,
 }
 
 /// What the modules below ask for.
@@ -50,6 +51,9 @@ pub const TOOLS: [Program; 3] = [Program::Helm, Program::Kubeconform, Program::L
 
 /// Argo CD: what `make test-argocd` runs, and nothing else.
 pub const ARGO_CD: [Program; 1] = [Program::Argocd];
+
+/// What plays nodes that are not there.
+pub const FLEET: [Program; 1] = [Program::Kwok];
 
 /// A module: everything of it is compiled by one run of `go build`.
 struct Module {
@@ -152,6 +156,14 @@ const MODULES: [Module; 8] = [
         stamps: &["github.com/argoproj/argo-cd/v3/common.version={version}"],
         programs: &[Program::Argocd],
     },
+    Module {
+        path: "sigs.k8s.io/kwok",
+        version: "v0.8.0",
+        usual_minutes: 2,
+        source: Source::Tools,
+        stamps: &["sigs.k8s.io/kwok/pkg/consts.Version={version}"],
+        programs: &[Program::Kwok],
+    },
 ];
 
 impl Program {
@@ -172,6 +184,7 @@ impl Program {
             Self::Crane => "crane",
             Self::LuaHealth => "lua-health",
             Self::Argocd => "argocd",
+            Self::Kwok => "kwok",
         }
     }
 

@@ -3,6 +3,7 @@
 pub mod apply;
 pub mod backoff;
 pub mod cache;
+pub mod events;
 pub mod gather;
 pub mod guard;
 pub mod index;

@@ -7,13 +7,13 @@ use std::time::{Duration, Instant};
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::jiff::Timestamp;
 use kube::core::object::HasStatus;
-use kube::runtime::events::Recorder;
 use kube::{Client, ResourceExt};
 use strata_api::{Reason, RunStatus};
 
 use super::apply::{Owner, apply};
 use super::backoff::Failures;
 use super::cache::Caches;
+use super::events::Recorder;
 use super::gather::{Source, gather};
 use super::guard::NotLeading;
 use super::index::Index;

@@ -3,19 +3,16 @@
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::api::PostParams;
 use kube::core::object::HasStatus;
-use kube::runtime::events::{Event, EventType, Recorder};
 use kube::{Api, Client, Resource, ResourceExt};
 use strata_api::{AttemptOutcome, RunStatus, Verdict};
 
 use super::apply::FIELD_MANAGER;
 use super::cache::{Caches, place};
+use super::events::Recorder;
 use super::kind::{Key, Kind, Status};
 use super::reconcile::Error;
 use crate::metrics::Ready;
 use crate::run::conditions::reason;
-
-/// Longest note of an Event in bytes, by the API's rule.
-const NOTE_LIMIT_BYTES: usize = 1000;
 
 /// Writes `status` unless it is what `resource` already has. Says whether it wrote.
 ///
@@ -135,22 +132,7 @@ pub fn transitions(before: Option<&RunStatus>, after: &RunStatus) -> Vec<Transit
 /// Publishes Events. One that is lost is only logged: an Event is news, not state.
 pub async fn publish<K: Resource<DynamicType = ()>>(recorder: &Recorder, resource: &K, transitions: &[Transition]) {
     for transition in transitions {
-        let mut note = transition.note.clone();
-        while note.len() > NOTE_LIMIT_BYTES {
-            note.pop();
-        }
-        let event = Event {
-            type_: if transition.is_warning {
-                EventType::Warning
-            } else {
-                EventType::Normal
-            },
-            reason: transition.reason.clone(),
-            note: Some(note),
-            action: "Reconcile".into(),
-            secondary: None,
-        };
-        if let Err(error) = recorder.publish(&event, &resource.object_ref(&())).await {
+        if let Err(error) = recorder.publish(transition, &resource.object_ref(&())).await {
             tracing::warn!(%error, reason = transition.reason, "an Event was lost");
         }
     }

@@ -7,12 +7,12 @@ mod watches;
 use std::sync::Arc;
 
 use kube::client::ClientBuilder;
-use kube::runtime::events::{Recorder, Reporter};
 use serde_json::json;
 use strata_api::{Dataset, InferenceService, PretrainJob};
 
 use super::backoff::Failures;
 use super::cache::Caches;
+use super::events::Recorder;
 use super::guard::{GuardLayer, Leadership};
 use super::kind::ResourceKind;
 use super::progress::Poller;
@@ -34,10 +34,6 @@ fn context(server: &Arc<Server>, leads: bool) -> Context {
     let client = ClientBuilder::new(server.service(), "ns")
         .with_layer(&GuardLayer(leadership))
         .build();
-    let reporter = Reporter {
-        controller: "strata-operator".into(),
-        instance: None,
-    };
     Context {
         client: client.clone(),
         env: env(),
@@ -46,7 +42,7 @@ fn context(server: &Arc<Server>, leads: bool) -> Context {
         failures: Failures::default(),
         poller: Poller::new(Wake::default()),
         scraper: Scraper::new(Wake::default()).expect("a client"),
-        recorder: Recorder::new(client, reporter),
+        recorder: Recorder::new(client, "strata-operator", "one"),
         metrics: Arc::new(Metrics::new().expect("metrics register")),
     }
 }

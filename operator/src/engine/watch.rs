@@ -26,6 +26,7 @@ use super::index::Index;
 use super::kind::{Key, Kind, ResourceKind};
 use super::queue::Queue;
 use super::reconcile::{Context, Error, forget, reconcile};
+use crate::metrics::Metrics;
 use crate::workload::labels;
 
 /// A watch is renewed before load balancers cut it (AKS after 240 s without traffic).
@@ -43,6 +44,13 @@ impl Wake {
     /// `key` is to be looked at.
     pub fn wake(&self, key: Key) {
         self.queue(key.kind).wake(key);
+    }
+
+    /// Counts what waits, for whoever asks for the metrics.
+    pub fn count(&self, metrics: &Metrics) {
+        for kind in ResourceKind::ALL {
+            metrics.queued(kind, self.queue(kind).busy());
+        }
     }
 
     /// The queue of a kind.

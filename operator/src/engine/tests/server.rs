@@ -28,6 +28,7 @@ struct State {
     /// What a watch tells, in order: the object's plural, whether it is gone, and the object.
     log: Vec<(String, bool, Value)>,
     clock: u64,
+    requests: usize,
     writes: usize,
     crash_after: Option<usize>,
     fail_first: HashSet<String>,
@@ -128,6 +129,11 @@ impl Server {
     /// From now on nothing is answered; or all is again.
     pub fn set_down(&self, is_down: bool) {
         self.state().is_down = is_down;
+    }
+
+    /// Requests so far, watches aside.
+    pub fn requests(&self) -> usize {
+        self.state().requests
     }
 
     /// Writes that were asked for, Events aside.
@@ -280,6 +286,7 @@ impl State {
     }
 
     fn answer(&mut self, method: &Method, path: &str, query: &str, body: Value, apply: bool) -> (u16, Value) {
+        self.requests += 1;
         let rest = path.split_once("/namespaces/ns/").expect("a path of the namespace").1;
         let parts: Vec<&str> = rest.split('/').collect();
         let plural = parts[0];
