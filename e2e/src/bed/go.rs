@@ -79,7 +79,7 @@ enum Source {
     Main(&'static str),
 }
 
-const MODULES: [Module; 8] = [
+const MODULES: &[Module] = &[
     Module {
         path: "k8s.io/kubernetes",
         version: "v1.36.3",
@@ -226,7 +226,7 @@ pub fn path(program: Program) -> PathBuf {
 pub fn build(programs: &[Program]) -> Result<()> {
     check(programs)?;
     let _alone = cache::lock("go")?;
-    for module in &MODULES {
+    for module in MODULES {
         let wanted = module
             .programs
             .iter()
