@@ -13,6 +13,7 @@ pub mod fleet;
 pub mod image;
 pub mod install;
 pub mod namespace;
+pub mod neighbours;
 pub mod operator;
 pub mod run;
 pub mod strata;

@@ -47,6 +47,9 @@ pub struct AlignmentJobSpec {
     pub checkpoint: Option<Checkpoint>,
     /// What is measured before and after.
     pub evaluate: AlignmentEvaluate,
+    /// By what it is trained (default `candle`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub engine: Option<crate::TrainingEngine>,
     /// What all kinds share.
     #[serde(flatten)]
     pub common: Common,

@@ -79,6 +79,9 @@ pub struct DatasetSpec {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 64), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["metric"]))]
     pub gates: Vec<Gate>,
+    /// By what it is made (default `embedded`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub engine: Option<crate::DatasetEngine>,
     /// What all kinds share.
     #[serde(flatten)]
     pub common: Common,

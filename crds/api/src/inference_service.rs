@@ -55,7 +55,21 @@ use crate::{Autoscale, AutoscaleStatus, Common, Duration, ModelSource, RunStatus
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
 )]
 #[serde(rename_all = "camelCase")]
-#[x_kube(validation = either())]
+#[x_kube(
+    validation = either(),
+    validation = Rule::new("!has(self.engine) || !has(self.engine.container) || !has(self.quantization)")
+        .message("quantization is for engine candle: a container serves the model as it was published"),
+    validation = Rule::new("!has(self.engine) || !has(self.engine.container) || !has(self.evaluate)")
+        .message("evaluate is for engine candle: what a container serves is judged where it is made, in the training job"),
+    validation = Rule::new("!has(self.engine) || !has(self.engine.container) || !has(self.kvCache)")
+        .message("kvCache is for engine candle: a container has its own cache: set it in engine.container.args"),
+    validation = Rule::new("!has(self.engine) || !has(self.engine.container) || !has(self.maxSequenceTokens)")
+        .message("maxSequenceTokens is for engine candle: set the length in engine.container.args"),
+    validation = Rule::new("!has(self.engine) || !has(self.engine.container) || !has(self.auth)")
+        .message("auth is for engine candle: hand the key to the container in pod.env"),
+    validation = Rule::new("!has(self.engine) || !has(self.engine.container) || !has(self.tls)")
+        .message("tls is for engine candle: a container has its own certificates: set them in engine.container.args")
+)]
 pub struct InferenceServiceSpec {
     /// The model. Without a digest, the service follows what is published: a promotion by itself.
     pub model: ModelSource,
@@ -91,6 +105,9 @@ pub struct InferenceServiceSpec {
     /// the longest answer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub drain: Option<Duration>,
+    /// By what it is served (default `candle`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub engine: Option<crate::ServingEngine>,
     /// What all kinds share.
     #[serde(flatten)]
     pub common: Common,

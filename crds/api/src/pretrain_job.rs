@@ -62,6 +62,9 @@ pub struct PretrainJobSpec {
     /// What is measured on the held-out text before the model is published.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub evaluate: Option<Evaluate>,
+    /// By what it is trained (default `candle`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub engine: Option<crate::TrainingEngine>,
     /// What all kinds share.
     #[serde(flatten)]
     pub common: Common,

@@ -6,7 +6,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{Gate, Uri};
+use crate::{ArtifactKind, Gate, StageContainer, Uri};
 
 /// The configuration file of one attempt.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -18,6 +18,9 @@ pub struct StageConfig {
     pub run: Run,
     /// What to do.
     pub stage: Stage,
+    /// The user's container that does it; absent: the stage of `strata-runtime`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub container: Option<StageContainer>,
 }
 
 /// The run and the attempt that a configuration is for.
@@ -89,6 +92,42 @@ impl Stage {
             Self::Pretrain(_) => "pretrain",
             Self::Align(_) => "align",
             Self::Quantize(_) => "quantize",
+        }
+    }
+
+    /// What it publishes.
+    pub fn artifact(&self) -> ArtifactKind {
+        match self {
+            Self::Curate(_) => ArtifactKind::Dataset,
+            Self::Pretrain(_) | Self::Align(_) => ArtifactKind::Model,
+            Self::Quantize(_) => ArtifactKind::QuantizedModel,
+        }
+    }
+
+    /// What it reads from others. The sources of raw data are no inputs: they may hold wildcards.
+    pub fn inputs(&self) -> Vec<&Input> {
+        match self {
+            Self::Curate(_) => Vec::new(),
+            Self::Pretrain(config) => config.datasets.iter().collect(),
+            Self::Align(config) => {
+                let capability = config.evaluation.capability.iter();
+                [&config.base]
+                    .into_iter()
+                    .chain(capability)
+                    .chain(&config.datasets)
+                    .collect()
+            }
+            Self::Quantize(config) => vec![&config.model],
+        }
+    }
+
+    /// What its result must reach.
+    pub fn gates(&self) -> &[Gate] {
+        match self {
+            Self::Curate(config) => &config.gates,
+            Self::Pretrain(config) => &config.gates,
+            Self::Align(config) => &config.gates,
+            Self::Quantize(config) => &config.gates,
         }
     }
 }

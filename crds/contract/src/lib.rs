@@ -6,6 +6,7 @@
 //! writes is read leniently, so that an older operator understands a newer pod.
 
 mod config;
+mod container;
 mod evaluation;
 mod failure;
 mod manifest;
@@ -13,6 +14,7 @@ mod report;
 mod uri;
 
 pub use config::*;
+pub use container::*;
 pub use evaluation::*;
 pub use failure::FailureReason;
 pub use manifest::*;

@@ -27,6 +27,8 @@ pub enum Program {
     LuaHealth,
     Argocd,
     Kwok,
+    Kueue,
+    Jobset,
 }
 
 /// What the modules below ask for.
@@ -47,7 +49,13 @@ pub const BED: [Program; 8] = [
 ];
 
 /// What only tests run.
-pub const TOOLS: [Program; 3] = [Program::Helm, Program::Kubeconform, Program::LuaHealth];
+pub const TOOLS: [Program; 5] = [
+    Program::Helm,
+    Program::Kubeconform,
+    Program::LuaHealth,
+    Program::Kueue,
+    Program::Jobset,
+];
 
 /// Argo CD: what `make test-argocd` runs, and nothing else.
 pub const ARGO_CD: [Program; 1] = [Program::Argocd];
@@ -164,6 +172,22 @@ const MODULES: &[Module] = &[
         stamps: &["sigs.k8s.io/kwok/pkg/consts.Version={version}"],
         programs: &[Program::Kwok],
     },
+    Module {
+        path: "sigs.k8s.io/kueue",
+        version: "v0.15.0",
+        usual_minutes: 8,
+        source: Source::Tools,
+        stamps: &[],
+        programs: &[Program::Kueue],
+    },
+    Module {
+        path: "sigs.k8s.io/jobset",
+        version: "v0.11.0",
+        usual_minutes: 4,
+        source: Source::Tools,
+        stamps: &[],
+        programs: &[Program::Jobset],
+    },
 ];
 
 impl Program {
@@ -185,6 +209,8 @@ impl Program {
             Self::LuaHealth => "lua-health",
             Self::Argocd => "argocd",
             Self::Kwok => "kwok",
+            Self::Kueue => "kueue",
+            Self::Jobset => "jobset",
         }
     }
 
@@ -192,7 +218,7 @@ impl Program {
     fn package(self, module: &Module) -> String {
         match (self, &module.source) {
             (_, Source::Main(_)) => ".".to_owned(),
-            (Self::Etcd, _) => module.path.to_owned(),
+            (Self::Etcd | Self::Jobset, _) => module.path.to_owned(),
             // One program, which is the controller, the repo server or the command line by the name it is called by.
             (Self::Argocd, _) => format!("{}/cmd", module.path),
             _ => format!("{}/cmd/{}", module.path, self.name()),

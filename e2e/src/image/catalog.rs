@@ -16,6 +16,10 @@ pub const PAUSE: &str = "strata.local/pause:1";
 pub const COREDNS: &str = "strata.local/coredns:1.15.0";
 /// A shell with the usual small tools, for tests.
 pub const SHELL: &str = "strata.local/shell:1";
+/// Kueue's controller.
+pub const KUEUE: &str = "strata.local/kueue:0.15.0";
+/// JobSet's controller.
+pub const JOBSET: &str = "strata.local/jobset:0.11.0";
 /// The operator. Strata's own images have no tag here: each build gets its own.
 pub const OPERATOR: &str = "strata.local/strata-operator";
 /// The stages.
@@ -42,6 +46,10 @@ pub enum Name {
     Coredns,
     /// [`SHELL`]
     Shell,
+    /// [`KUEUE`]
+    Kueue,
+    /// [`JOBSET`]
+    Jobset,
     /// [`OPERATOR`]
     Operator,
     /// [`RUNTIME`]
@@ -61,7 +69,7 @@ impl Name {
     pub fn in_manifests(self) -> String {
         match self {
             Self::Operator | Self::Runtime | Self::Samples => format!("{}:{TAG}", self.reference()),
-            Self::Pause | Self::Coredns | Self::Shell => self.reference().to_owned(),
+            Self::Pause | Self::Coredns | Self::Shell | Self::Kueue | Self::Jobset => self.reference().to_owned(),
         }
     }
 
@@ -72,6 +80,8 @@ impl Name {
             Self::Pause => PAUSE,
             Self::Coredns => COREDNS,
             Self::Shell => SHELL,
+            Self::Kueue => KUEUE,
+            Self::Jobset => JOBSET,
             Self::Operator => OPERATOR,
             Self::Runtime => RUNTIME,
             Self::Samples => SAMPLES,
@@ -90,8 +100,10 @@ impl Name {
                 machine::install(&[machine::BUSYBOX])?;
                 return self.shell();
             }
+            Self::Kueue => return self.manager(go::Program::Kueue),
+            Self::Jobset => return self.manager(go::Program::Jobset),
             Self::Operator => (ours("strata-operator")?, Layer::new()),
-            Self::Runtime => (ours("strata-runtime")?, Layer::new()),
+            Self::Runtime => (ours("strata-runtime")?, shim()?),
             Self::Samples => (ours("strata-runtime")?, samples()?),
         };
         let name = program
@@ -123,6 +135,16 @@ impl Name {
         self.write(vec![base, layer], vec!["/bin/sh".into()])
     }
 
+    /// A controller at `/manager`, where the charts of its project look for it.
+    fn manager(self, program: go::Program) -> Result<Built> {
+        let path = go::path(program);
+        if !path.exists() {
+            bail!("{} is missing: `bed build --tools` compiles it", path.display());
+        }
+        let layer = Layer::from([("manager".to_owned(), Entry::File(path, 0o755))]);
+        self.write(vec![root::base()?, layer], vec!["/manager".into()])
+    }
+
     fn write(self, layers: Vec<Layer>, entrypoint: Vec<String>) -> Result<Built> {
         Image {
             reference: self.reference().to_owned(),
@@ -151,6 +173,14 @@ pub fn ours(name: &str) -> Result<PathBuf> {
         bail!("{} is missing: run `cargo build --workspace --bins`", path.display());
     }
     Ok(path)
+}
+
+/// What containers of other images get put into them, with the libraries that it starts with there.
+fn shim() -> Result<Layer> {
+    let program = ours("strata-shim")?;
+    let mut layer = root::libraries(&program)?;
+    layer.insert("usr/bin/strata-shim".into(), Entry::File(program, 0o755));
+    Ok(layer)
 }
 
 /// `config/samples/data` and the model, under `/samples`.

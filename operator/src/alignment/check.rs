@@ -6,7 +6,7 @@ use strata_contract::{AlignConfig, AlignEvaluation, AlignMethod, AlignTraining, 
 use crate::engine::kind::{Observed, Ref, ResourceKind};
 use crate::pretrain::check::{learning_rate, schedule};
 use crate::run::check::{checkpoint, decimal, gates, unsigned};
-use crate::run::{InputRef, RunKind, Runs};
+use crate::run::{Engine, InputRef, RunKind, Runs};
 use crate::workload::pod::Sizes;
 
 /// Tokens of held-out text where the spec does not say.
@@ -26,6 +26,15 @@ impl Runs for AlignmentJob {
 
     fn common(&self) -> &Common {
         &self.spec.common
+    }
+
+    fn engine(&self) -> Result<Engine<'_>, String> {
+        let engine = self.spec.engine.as_ref();
+        Engine::of(
+            "candle",
+            engine.and_then(|engine| engine.candle.as_ref()),
+            engine.and_then(|engine| engine.container.as_ref()),
+        )
     }
 
     /// The base first, then the text for the alignment tax, if any, then the preferences.

@@ -8,7 +8,7 @@ use strata_contract::{
 
 use crate::engine::kind::ResourceKind;
 use crate::run::check::{decimal, gates, unsigned};
-use crate::run::{InputRef, RunKind, Runs};
+use crate::run::{Engine, InputRef, RunKind, Runs};
 use crate::workload::pod::Sizes;
 
 /// Smallest confidence of a language where the spec does not say.
@@ -26,6 +26,15 @@ impl Runs for Dataset {
 
     fn common(&self) -> &Common {
         &self.spec.common
+    }
+
+    fn engine(&self) -> Result<Engine<'_>, String> {
+        let engine = self.spec.engine.as_ref();
+        Engine::of(
+            "embedded",
+            engine.and_then(|engine| engine.embedded.as_ref()),
+            engine.and_then(|engine| engine.container.as_ref()),
+        )
     }
 
     fn inputs(&self) -> Vec<InputRef> {

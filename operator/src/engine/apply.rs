@@ -7,7 +7,7 @@ use std::fmt::Debug;
 
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::batch::v1::Job;
-use k8s_openapi::api::core::v1::ConfigMap;
+use k8s_openapi::api::core::v1::{ConfigMap, Service};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions, PropagationPolicy};
 use kube::{Api, Client, Resource, ResourceExt};
@@ -21,8 +21,8 @@ use super::cache::{Cached, Caches};
 use super::gather::is_owned_by;
 use super::kind::{Applied, JobRef, Key, Observed, Planned, Wanted};
 use super::reconcile::Error;
-use super::same;
-use crate::workload::labels;
+use super::{jobsets, same};
+use crate::workload::{jobset, labels};
 
 /// Who we are to the server, in every write.
 pub const FIELD_MANAGER: &str = "strata-operator";
@@ -67,6 +67,10 @@ async fn apply_run(client: &Client, owner: &Owner<'_>, planned: &Planned, applie
         applied.jobs.push(set_suspend(client, owner, job, *suspend).await?);
     }
     if let Some((config_map, job)) = &planned.start {
+        if let Some(names) = &planned.names {
+            let there = api::<Service>(client, owner).get_opt(&names.name_any()).await?;
+            apply_whole(client, owner, names.clone(), there.as_ref()).await?;
+        }
         create_config_map(client, owner, config_map).await?;
         applied.jobs.push(create_job(client, owner, job).await?);
     }
@@ -145,14 +149,23 @@ async fn delete_attempt(client: &Client, owner: &Owner<'_>, job: &JobRef) -> Res
         let params = delete_params(config_map.uid(), PropagationPolicy::Background);
         gone(config_maps.delete(&job.name, &params).await.map(drop))?;
     }
-    let jobs: Api<Job> = api(client, owner);
     let propagation = match job.running {
         true => PropagationPolicy::Foreground,
         false => PropagationPolicy::Background,
     };
     let params = delete_params(Some(job.uid.clone()), propagation);
-    gone(jobs.delete(&job.name, &params).await.map(drop))?;
-    owner.caches.deleted::<Job>(owner.key, &job.name, &job.uid);
+    let deleted = match job.is_jobset {
+        true => jobsets::api(client, &owner.key.namespace)
+            .delete(&job.name, &params)
+            .await
+            .map(drop),
+        false => api::<Job>(client, owner).delete(&job.name, &params).await.map(drop),
+    };
+    gone(deleted)?;
+    // JobSets are read from the server, always.
+    if !job.is_jobset {
+        owner.caches.deleted::<Job>(owner.key, &job.name, &job.uid);
+    }
     tracing::info!(job = job.name, running = job.running, "deleted an attempt");
     Ok(())
 }
@@ -186,8 +199,12 @@ async fn set_suspend(client: &Client, owner: &Owner<'_>, job: &JobRef, suspend: 
         ..PatchParams::default()
     };
     tracing::info!(job = job.name, suspend, "changing an attempt");
-    let jobs = api::<Job>(client, owner);
-    let job = jobs.patch(&job.name, &params, &Patch::Merge(patch)).await?;
+    let patch = Patch::Merge(patch);
+    if job.is_jobset {
+        let jobsets = jobsets::api(client, &owner.key.namespace);
+        return Ok(jobset::view(&jobsets.patch(&job.name, &params, &patch).await?, &[]));
+    }
+    let job = api::<Job>(client, owner).patch(&job.name, &params, &patch).await?;
     owner.caches.wrote(owner.key, &job);
     Ok(job)
 }
@@ -214,23 +231,36 @@ async fn create_config_map(client: &Client, owner: &Owner<'_>, wanted: &ConfigMa
 }
 
 async fn create_job(client: &Client, owner: &Owner<'_>, wanted: &Job) -> Result<Job, Error> {
-    let jobs: Api<Job> = api(client, owner);
-    match jobs.create(&create_params(), wanted).await {
-        Ok(job) => {
-            tracing::info!(job = job.name_any(), "started an attempt");
-            owner.caches.wrote(owner.key, &job);
-            Ok(job)
+    let (there, is_new) = match jobset::is_jobset(wanted) {
+        true => {
+            let jobsets = jobsets::api(client, &owner.key.namespace);
+            let (there, is_new) = make(&jobsets, &jobset::wrap(wanted)).await?;
+            (jobset::view(&there, &[]), is_new)
         }
-        Err(kube::Error::Api(status)) if status.code == 409 => {
-            let there = jobs.get(&wanted.name_any()).await?;
-            match is_owned_by(&there, owner.uid) && there.metadata.deletion_timestamp.is_none() {
-                true => {
-                    owner.caches.wrote(owner.key, &there);
-                    Ok(there)
-                }
-                false => Err(taken(wanted, &there)),
-            }
-        }
+        false => make(&api::<Job>(client, owner), wanted).await?,
+    };
+    let is_ours = is_owned_by(&there, owner.uid) && there.metadata.deletion_timestamp.is_none();
+    if !is_new && !is_ours {
+        return Err(taken(wanted, &there));
+    }
+    if is_new {
+        tracing::info!(job = there.name_any(), "started an attempt");
+    }
+    // JobSets are read from the server, always.
+    if !jobset::is_jobset(wanted) {
+        owner.caches.wrote(owner.key, &there);
+    }
+    Ok(there)
+}
+
+/// Creates an object, and says whether that was so; else it is the one that is in its place.
+async fn make<K>(api: &Api<K>, wanted: &K) -> Result<(K, bool), Error>
+where
+    K: Resource + Clone + DeserializeOwned + Serialize + Debug,
+{
+    match api.create(&create_params(), wanted).await {
+        Ok(made) => Ok((made, true)),
+        Err(kube::Error::Api(status)) if status.code == 409 => Ok((api.get(&wanted.name_any()).await?, false)),
         Err(error) => Err(error.into()),
     }
 }
@@ -240,11 +270,8 @@ async fn create<K>(api: &Api<K>, wanted: &K) -> Result<Option<K>, Error>
 where
     K: Resource + Clone + DeserializeOwned + Serialize + Debug,
 {
-    match api.create(&create_params(), wanted).await {
-        Ok(_) => Ok(None),
-        Err(kube::Error::Api(status)) if status.code == 409 => Ok(Some(api.get(&wanted.name_any()).await?)),
-        Err(error) => Err(error.into()),
-    }
+    let (there, is_new) = make(api, wanted).await?;
+    Ok((!is_new).then_some(there))
 }
 
 /// Deletes an object that is not wanted any more, if it is ours.

@@ -7,6 +7,8 @@ use std::collections::BTreeMap;
 use std::fmt::Debug;
 
 use k8s_openapi::NamespaceResourceScope;
+use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::core::v1::Pod;
 use kube::api::ListParams;
 use kube::{Api, Client, Resource, ResourceExt};
 use serde::de::DeserializeOwned;
@@ -15,6 +17,7 @@ use strata_api::{AlignmentJob, Dataset, InferenceService, PretrainJob};
 use super::cache::{Cached, Caches};
 use super::kind::{Key, Kind, Observed, Ref, Refused, ResourceKind, Upstream};
 use super::progress::Poller;
+use super::{jobsets, kueue};
 use crate::run::attempt;
 use crate::workload::labels;
 
@@ -89,6 +92,7 @@ impl Source<'_> {
 /// # Errors
 /// The server's, or that an object does not parse.
 pub async fn gather<K: Kind>(
+    client: &Client,
     source: Source<'_>,
     key: &Key,
     resource: &K,
@@ -98,9 +102,16 @@ pub async fn gather<K: Kind>(
     let uid = resource.uid().unwrap_or_default();
     let upstream = upstream(source, namespace, resource.refs()).await?;
     // Jobs before pods: a Job that has ended is then never seen with a pod of before.
-    let mut jobs = source.owned(key).await?;
+    let mut jobs: Vec<Job> = source.owned(key).await?;
+    let mut pods: Vec<Pod> = source.owned(key).await?;
+    let mut gangs = None;
+    if resource.nodes() > 1 || jobsets::has_members(&jobs) {
+        gangs = jobsets::gather(client, key, &uid, &jobs, &mut pods).await?;
+    }
+    let has_jobset = gangs.is_some();
     jobs.retain(|job| is_owned_by(job, &uid));
-    let pods = source.owned(key).await?;
+    jobs.extend(gangs.unwrap_or_default());
+    let queue = kueue::gather(client, namespace, &jobs).await?;
     let (mut deployment, mut service) = (None, None);
     let (mut budget, mut budgets) = (None, Vec::new());
     if K::SERVES {
@@ -132,6 +143,8 @@ pub async fn gather<K: Kind>(
         budgets,
         progress,
         scaling: None,
+        queue,
+        has_jobset,
         refused: Refused::default(),
     })
 }

@@ -133,8 +133,21 @@ pub struct Observed {
     pub progress: BTreeMap<String, Progress>,
     /// What the pods of a service say that scales by itself.
     pub scaling: Option<Scaling>,
+    /// What Kueue says about suspended Jobs in its queues, by UID of the Job.
+    pub queue: BTreeMap<String, QueueSays>,
+    /// Whether JobSet is installed; only looked for where it matters.
+    pub has_jobset: bool,
     /// What the server did not take of what was planned.
     pub refused: Refused,
+}
+
+/// What Kueue says about a Job that it keeps in its queue.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct QueueSays {
+    /// Whether it had begun, and lost its place.
+    pub is_evicted: bool,
+    /// In Kueue's words.
+    pub message: String,
 }
 
 /// What the server did not take, by what it was for; each with its reason and a sentence.
@@ -155,6 +168,8 @@ pub struct Planned {
     pub suspend: Vec<(JobRef, bool)>,
     /// The next attempt.
     pub start: Option<(ConfigMap, Job)>,
+    /// Names for the nodes of the next attempt; made before it.
+    pub names: Option<Service>,
     /// The serving pods.
     pub deployment: Option<Deployment>,
     /// The address of the serving pods.
@@ -184,6 +199,8 @@ pub struct JobRef {
     pub uid: String,
     /// Whether its pods may still run: then its deletion waits for them.
     pub running: bool,
+    /// Whether it is a JobSet.
+    pub is_jobset: bool,
 }
 
 /// What the server answered to a [`Planned`]. Only the engine makes one, so no status can come from a mere plan.
@@ -305,6 +322,9 @@ pub trait Kind:
 
     /// What it refers to.
     fn refs(&self) -> Vec<Ref>;
+
+    /// Nodes of its attempts.
+    fn nodes(&self) -> u32;
 
     /// What those that refer to it see of it.
     fn upstream(&self) -> Upstream;

@@ -174,7 +174,7 @@ async fn decide<K: Kind>(source: Source<'_>, key: &Key, context: &Context) -> Re
     if resource.meta().deletion_timestamp.is_some() {
         return Ok(None);
     }
-    let mut observed = gather(source, key, &resource, &context.poller).await?;
+    let mut observed = gather(&context.client, source, key, &resource, &context.poller).await?;
     observed.scaling = context.scraper.look(key, resource.questions(&observed.pods));
     let checked = resource.check(&observed, &context.env);
     let now = Timestamp::now();

@@ -1,12 +1,13 @@
 //! From an InferenceService's spec to the preparing run and the settings of the serving pods.
 
-use strata_api::{Common, InferenceService, KvCacheDtype, PodOverrides, SecretKey};
+use strata_api::{Common, InferenceService, KvCacheDtype, PodOverrides, Reason, SecretKey};
 use strata_contract::{Input, QuantizationFormat, QuantizeConfig, Stage};
 
+use super::container::Container;
 use super::scale::{Scaled, scaled};
 use crate::engine::kind::{Env, Observed, Refusal, ResourceKind};
 use crate::run::check::{check as check_run, check_pod, gates, unsigned};
-use crate::run::{InputRef, Order, Runs};
+use crate::run::{Engine, InputRef, Order, Runs};
 use crate::workload::pod::Sizes;
 use crate::workload::quantity;
 use crate::workload::service::Scheme;
@@ -37,6 +38,11 @@ impl Runs for InferenceService {
         &self.spec.common
     }
 
+    /// The preparing run is always Strata's own: a container serves the model as it was published.
+    fn engine(&self) -> Result<Engine<'_>, String> {
+        Ok(Engine::Own("candle"))
+    }
+
     fn inputs(&self) -> Vec<InputRef> {
         InputRef::model("model", &self.spec.model).into_iter().collect()
     }
@@ -59,6 +65,8 @@ pub struct Checked {
     pub order: Result<Order, Refusal>,
     /// Settings of the serving pods.
     pub serving: Serving,
+    /// The user's container that serves; then there is no preparing run.
+    pub container: Option<Container>,
 }
 
 /// Settings of the serving pods.
@@ -127,10 +135,23 @@ impl Serving {
 /// # Errors
 /// The condition that says why nothing is run.
 pub fn check(service: &InferenceService, observed: &Observed, env: &Env) -> Result<Checked, Refusal> {
-    let serving =
-        serving(service, observed, env).map_err(|message| Refusal::Spec(strata_api::Reason::SpecInvalid, message))?;
-    let order = check_run(service, observed, env);
-    Ok(Checked { order, serving })
+    let serving = serving(service, observed, env).map_err(|message| Refusal::Spec(Reason::SpecInvalid, message))?;
+    let container = match Container::wanted(service) {
+        None => None,
+        Some(container) => Some(super::container::check(service, container, observed, env)?),
+    };
+    let order = match &container {
+        None => check_run(service, observed, env),
+        Some(_) => Err(Refusal::Spec(
+            Reason::EngineUnsupported,
+            "a container needs no preparing run".into(),
+        )),
+    };
+    Ok(Checked {
+        order,
+        serving,
+        container,
+    })
 }
 
 fn serving(service: &InferenceService, observed: &Observed, env: &Env) -> Result<Serving, String> {

@@ -2,6 +2,7 @@
 //! that is served; a Deployment serves what was published last, and a Service is its address.
 
 mod check;
+mod container;
 mod phase;
 mod plan;
 mod report;
@@ -31,6 +32,10 @@ impl Kind for InferenceService {
 
     fn refs(&self) -> Vec<Ref> {
         run::refs(self)
+    }
+
+    fn nodes(&self) -> u32 {
+        1
     }
 
     fn upstream(&self) -> Upstream {

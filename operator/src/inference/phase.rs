@@ -16,7 +16,7 @@
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
-use strata_api::{ArtifactStatus, Reason};
+use strata_api::Reason;
 
 use super::check::Serving;
 use crate::run::attempt::{container, quote, waiting};
@@ -34,9 +34,10 @@ pub struct Standing {
     pub message: String,
 }
 
-/// Where the serving pods stand, given what is wanted.
+/// Where the serving pods stand, given what is wanted; `wanted_model` is the digest that they are to serve, or the URI of what
+/// has none.
 pub fn standing(
-    artifact: Option<&ArtifactStatus>,
+    wanted_model: Option<&str>,
     serving: &Serving,
     deployment: Option<&Deployment>,
     pods: &[&Pod],
@@ -44,7 +45,7 @@ pub fn standing(
 ) -> Standing {
     let wanted = serving.replicas;
     let standing = |reason, message: String| Standing { reason, message };
-    let Some(artifact) = artifact else {
+    let Some(model) = wanted_model else {
         return standing(
             Reason::Blocked,
             "nothing is published yet; see condition Succeeded".into(),
@@ -65,7 +66,7 @@ pub fn standing(
     let status = deployment.status.clone().unwrap_or_default();
     let is_seen =
         deployment.metadata.generation.is_some() && status.observed_generation >= deployment.metadata.generation;
-    let is_current = |pod: &&&Pod| is_ready(pod) && digest(pod) == Some(&artifact.digest);
+    let is_current = |pod: &&&Pod| is_ready(pod) && digest(pod).map(String::as_str) == Some(model);
     let current = pods.iter().filter(is_current).count();
     // While only their number changes, those that answer are enough.
     let is_scaling = serving.scaled.is_some()
@@ -76,7 +77,7 @@ pub fn standing(
     if is_scaling {
         return standing(
             Reason::Serving,
-            format!("{current} of {wanted} pods answer with {}", artifact.digest),
+            format!("{current} of {wanted} pods answer with {model}"),
         );
     }
     let complete = is_seen && status.updated_replicas == Some(wanted) && status.replicas == Some(wanted);
@@ -84,7 +85,7 @@ pub fn standing(
     if complete && enough && status.available_replicas == Some(wanted) {
         return standing(
             Reason::Serving,
-            format!("{wanted} of {wanted} pods answer with {}", artifact.digest),
+            format!("{wanted} of {wanted} pods answer with {model}"),
         );
     }
     let held = pods.iter().filter(|pod| !is_ready(pod)).find_map(|pod| waiting(pod));
@@ -96,10 +97,7 @@ pub fn standing(
         true => Reason::ReplicasUnavailable,
         false => Reason::RollingOut,
     };
-    standing(
-        reason,
-        format!("{current} of {wanted} pods answer with {}{why}", artifact.digest),
-    )
+    standing(reason, format!("{current} of {wanted} pods answer with {model}{why}"))
 }
 
 /// Whether the current version of the Deployment has been complete before.

@@ -12,11 +12,12 @@ use kube::ResourceExt;
 use strata_api::{InferenceService, KvCacheDtype, RunStatus};
 use strata_contract::{SERVE_PORT, Uri};
 
-use super::Checked;
 use super::check::Serving;
+use super::{Checked, container};
 use crate::engine::kind::{Observed, Planned, Refusal, ResourceKind, Wanted};
 use crate::run;
 use crate::run::phase::{Ledger, Phase, phase};
+use crate::workload::deployment::Probes;
 use crate::workload::pod::{PodParts, template};
 use crate::workload::volume::Claims;
 use crate::workload::{budget, deployment, labels, service, volume};
@@ -41,12 +42,26 @@ pub fn plan(
     observed: &Observed,
     now: Timestamp,
 ) -> Planned {
-    let order = checked.and_then(|checked| checked.order.as_ref());
-    let mut planned = run::plan::plan(resource, order, observed, now);
-    let Ok(checked) = checked else { return planned };
-    let Some(served) = served(resource, checked, observed, now) else {
-        return planned;
+    let checked = match checked {
+        Ok(checked) => checked,
+        Err(refusal) => return run::plan::plan(resource, Err(refusal), observed, now),
     };
+    let none = RunStatus::default();
+    let status = resource.status.as_ref().map_or(&none, |status| &status.run_status);
+    let (mut planned, template) = match &checked.container {
+        Some(container) => {
+            let there = observed.deployment.as_ref();
+            let pods = |model| container.pods(&resource.name_any(), &checked.serving, &model, there);
+            (container::plan(observed), container.served(status).map(pods))
+        }
+        None => {
+            let served = served(resource, checked, observed, now);
+            let pods = |served| pods(&resource.name_any(), &checked.serving, &served);
+            let planned = run::plan::plan(resource, checked.order.as_ref(), observed, now);
+            (planned, served.map(pods))
+        }
+    };
+    let Some(template) = template else { return planned };
     let name = resource.name_any();
     let owner = run::check::owner(resource);
     let metadata = ObjectMeta {
@@ -56,7 +71,6 @@ pub fn plan(
         ..ObjectMeta::default()
     };
     let selector = labels::serving_selector(&name);
-    let template = pods(&name, &checked.serving, &served);
     // Before there is a Deployment, no budget was looked for.
     if observed.deployment.is_some() {
         planned.budget = match needs_budget(&checked.serving, &template, &observed.budgets) {
@@ -64,12 +78,21 @@ pub fn plan(
             false => Wanted::Gone,
         };
     }
+    let probes = checked.container.as_ref().map(|container| container.probes());
+    let mut metadata_of_deployment = metadata.clone();
+    if let (Some(labels), Some(queue)) = (
+        metadata_of_deployment.labels.as_mut(),
+        run::check::queue(&resource.spec.common),
+    ) {
+        labels.insert(labels::QUEUE.into(), queue.to_owned());
+    }
     planned.deployment = Some(deployment::build(
-        metadata.clone(),
+        metadata_of_deployment,
         &owner,
         selector.clone(),
         checked.serving.replicas,
         checked.serving.scheme(),
+        probes.unwrap_or(&Probes::own()),
         template,
     ));
     planned.service = Some(service::build(metadata, &owner, selector, checked.serving.scheme()));

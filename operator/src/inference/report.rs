@@ -4,9 +4,8 @@ use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
 use strata_api::{ConditionType, InferenceService, InferenceServiceStatus, Reason};
 
-use super::Checked;
 use super::phase::{digest, is_ready, serving_pods, standing};
-use super::scaling;
+use super::{Checked, container, scaling};
 use crate::engine::kind::{Observed, Outcome, Refusal};
 use crate::run::conditions::Finding;
 use crate::run::report::judge;
@@ -20,12 +19,16 @@ pub fn report(
     observed: &Observed,
     now: Timestamp,
 ) -> Outcome<InferenceServiceStatus> {
-    let judged = judge(
-        resource,
-        checked.and_then(|checked| checked.order.as_ref()),
-        observed,
-        now,
-    );
+    let container = checked.ok().and_then(|checked| checked.container.as_ref());
+    let judged = match container {
+        Some(container) => container::judge(resource, container),
+        None => judge(
+            resource,
+            checked.and_then(|checked| checked.order.as_ref()),
+            observed,
+            now,
+        ),
+    };
     let pods = serving_pods(&observed.pods);
     let deployment = observed.deployment.as_ref();
     let available = match checked {
@@ -34,8 +37,11 @@ pub fn report(
             Finding::new(ConditionType::Available, *reason, message.clone())
         }
         Ok(checked) => {
-            let artifact = judged.status.artifact.as_ref();
-            let standing = standing(artifact, &checked.serving, deployment, &pods, now);
+            let model = match container {
+                Some(container) => container::identity(resource, container),
+                None => judged.status.artifact.as_ref().map(|artifact| artifact.digest.clone()),
+            };
+            let standing = standing(model.as_deref(), &checked.serving, deployment, &pods, now);
             Finding::new(ConditionType::Available, standing.reason, standing.message)
         }
     };

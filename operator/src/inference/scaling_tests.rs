@@ -393,7 +393,13 @@ fn while_only_the_number_changes_the_service_is_ready() {
         .and_then(|status| status.run_status.artifact.as_ref());
     let serving = serving(&service, &observed);
     let pods: Vec<&Pod> = observed.pods.iter().collect();
-    let standing = super::phase::standing(artifact, &serving, observed.deployment.as_ref(), &pods, at(NOW));
+    let standing = super::phase::standing(
+        artifact.map(|artifact| artifact.digest.as_str()),
+        &serving,
+        observed.deployment.as_ref(),
+        &pods,
+        at(NOW),
+    );
     assert_eq!(
         (standing.reason, standing.message.starts_with("1 of 2 pods")),
         (Reason::Serving, true),

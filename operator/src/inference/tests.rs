@@ -1,5 +1,7 @@
 //! What is served while things change, and what is said about it.
 
+mod container;
+
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
@@ -510,7 +512,8 @@ fn serving_is_said_only_of_pods_that_answer_with_the_current_artifact() {
         let artifact = artifact.as_ref().filter(|_| published);
         let service = inference("s", json!({"replicas": wanted}));
         let serving = service.check(&around('a'), &env()).expect("a good spec").serving;
-        let standing = standing(artifact, &serving, deployment.as_ref(), &serving_pods(&pods), at(NOW));
+        let model = artifact.map(|artifact| artifact.digest.as_str());
+        let standing = standing(model, &serving, deployment.as_ref(), &serving_pods(&pods), at(NOW));
         assert_eq!(standing.reason, reason, "{says}: {standing:?}");
         assert!(standing.message.contains(says), "{standing:?}");
     }

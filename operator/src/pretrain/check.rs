@@ -5,7 +5,7 @@ use strata_contract::{Input, LlamaShape, PretrainConfig, PretrainTraining, Stage
 
 use crate::engine::kind::{Observed, Ref, ResourceKind};
 use crate::run::check::{checkpoint, decimal, gates, unsigned};
-use crate::run::{InputRef, RunKind, Runs};
+use crate::run::{Engine, InputRef, RunKind, Runs};
 use crate::workload::pod::Sizes;
 
 impl RunKind for PretrainJob {}
@@ -20,6 +20,15 @@ impl Runs for PretrainJob {
 
     fn common(&self) -> &Common {
         &self.spec.common
+    }
+
+    fn engine(&self) -> Result<Engine<'_>, String> {
+        let engine = self.spec.engine.as_ref();
+        Engine::of(
+            "candle",
+            engine.and_then(|engine| engine.candle.as_ref()),
+            engine.and_then(|engine| engine.container.as_ref()),
+        )
     }
 
     fn inputs(&self) -> Vec<InputRef> {

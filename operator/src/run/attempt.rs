@@ -1,5 +1,7 @@
 //! One attempt: how its Job and its pod go, or how they ended.
 
+use std::collections::BTreeMap;
+
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ContainerStateTerminated, ContainerStatus, Pod};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
@@ -9,6 +11,7 @@ use strata_api::{AttemptFailure, AttemptOutcome, Reason};
 use strata_contract::{EXIT_BAD_INPUT, EXIT_DONE, EXIT_INTERRUPTED, Report};
 
 use super::label;
+use crate::engine::kind::Observed;
 use crate::workload::labels;
 use crate::workload::pod::CONTAINER;
 
@@ -50,21 +53,63 @@ pub fn is_suspended(job: &Job) -> bool {
     job.spec.as_ref().and_then(|spec| spec.suspend).unwrap_or(false)
 }
 
-/// The pod of a Job: the last one, as a resumed Job has several.
-pub fn pod_of<'a>(job: &Job, pods: &'a [Pod]) -> Option<&'a Pod> {
-    let uid = job.metadata.uid.as_deref()?;
+/// The queue in which a Job waits, or waited, for Kueue.
+pub fn queue(job: &Job) -> Option<&str> {
+    Some(label(job, labels::QUEUE)).filter(|queue| !queue.is_empty())
+}
+
+/// What holds a Job that Kueue keeps in its queue.
+pub fn queued(job: &Job, observed: &Observed) -> Option<State> {
+    let queue = queue(job).filter(|_| is_suspended(job) && !finished(job))?;
+    let said = job.metadata.uid.as_ref().and_then(|uid| observed.queue.get(uid));
+    let (reason, why) = match said {
+        Some(said) if said.is_evicted => (Reason::Preempted, said.message.as_str()),
+        Some(said) => (Reason::Queued, said.message.as_str()),
+        None => (Reason::Queued, "Kueue has not seen it yet"),
+    };
+    Some(State::Waiting(reason, quote(&format!("in queue {queue}: {why}"))))
+}
+
+/// Number of the node, of several, that a pod is.
+fn node(pod: &Pod) -> u32 {
+    let index = pod.labels().get("batch.kubernetes.io/job-completion-index");
+    index.and_then(|index| index.parse().ok()).unwrap_or(0)
+}
+
+/// The pods of a Job, one for each node, by its number: the last ones, as a resumed Job has several.
+fn pods_of<'a>(job: &Job, pods: &'a [Pod]) -> BTreeMap<u32, &'a Pod> {
+    let Some(uid) = job.metadata.uid.as_deref() else {
+        return BTreeMap::new();
+    };
     // A label can be put on any pod, and a report is believed: only the Job controller makes itself the owner.
     let of_job = |pod: &&Pod| pod.owner_references().iter().any(|owner| owner.uid == uid);
-    pods.iter()
-        .filter(of_job)
-        .max_by_key(|pod| pod.metadata.creation_timestamp.clone())
+    let mut ours: Vec<&Pod> = pods.iter().filter(of_job).collect();
+    ours.sort_by_key(|pod| pod.metadata.creation_timestamp.clone());
+    ours.into_iter().map(|pod| (node(pod), pod)).collect()
+}
+
+/// The pod that speaks for a Job: that of node 0, which publishes. Of a Job that failed, the one that failed first by itself: the
+/// others were only stopped.
+pub fn pod_of<'a>(job: &Job, pods: &'a [Pod]) -> Option<&'a Pod> {
+    let ours = pods_of(job, pods);
+    let failed = || {
+        let ends = ours.values().filter_map(|pod| Some((*pod, terminated(pod)?)));
+        ends.filter(|(_, end)| end.exit_code != EXIT_DONE)
+            .min_by_key(|(pod, end)| (pod.metadata.deletion_timestamp.is_some(), end.finished_at.clone()))
+            .map(|(pod, _)| pod)
+    };
+    let has_failed = ours.len() > 1 && ended(job).is_some_and(|end| !end.complete);
+    has_failed
+        .then(failed)
+        .flatten()
+        .or_else(|| ours.values().next().copied())
 }
 
 /// How the attempt of `job` goes.
 pub fn state(job: &Job, pods: &[Pod], now: Timestamp) -> State {
     let pod = pod_of(job, pods);
     let Some(end) = ended(job) else {
-        return going(job, pod, now);
+        return all_going(job, pods, now);
     };
     let container = pod.and_then(terminated);
     let report = container
@@ -221,6 +266,30 @@ fn disruption(pod: &Pod) -> Option<(String, String)> {
     Some((condition.reason.clone().unwrap_or_default(), message))
 }
 
+/// How a Job goes on all its nodes: it runs when every one does.
+fn all_going(job: &Job, pods: &[Pod], now: Timestamp) -> State {
+    let wanted = job.spec.as_ref().and_then(|spec| spec.completions).unwrap_or(1);
+    let ours = pods_of(job, pods);
+    let Some(pod) = ours.values().next().copied().filter(|_| wanted > 1) else {
+        return going(job, ours.values().next().copied(), now);
+    };
+    for (node, pod) in &ours {
+        if let State::Waiting(reason, message) = going(job, Some(pod), now) {
+            return State::Waiting(reason, format!("node {node} of {wanted}: {message}"));
+        }
+    }
+    if usize::try_from(wanted).is_ok_and(|wanted| ours.len() < wanted) {
+        return State::Waiting(
+            Reason::Pending,
+            format!("{} of {wanted} nodes have their pod; the others follow", ours.len()),
+        );
+    }
+    match going(job, Some(pod), now) {
+        State::Running(_) => State::Running(format!("attempt {} is running on {wanted} nodes", number(job))),
+        state => state,
+    }
+}
+
 fn going(job: &Job, pod: Option<&Pod>, now: Timestamp) -> State {
     let Some(pod) = pod else {
         if is_suspended(job) {
@@ -274,7 +343,16 @@ pub fn waiting(pod: &Pod) -> Option<(Reason, String)> {
         };
         return Some((reason, quote(&message)));
     }
-    let state = container(pod).and_then(|container| container.state.as_ref()?.waiting.clone());
+    // An init container that waits is why the other one does.
+    let init = status
+        .and_then(|status| status.init_container_statuses.as_deref())
+        .unwrap_or_default();
+    let held = init
+        .iter()
+        .find(|init| init.state.as_ref().is_some_and(|state| state.waiting.is_some()));
+    let state = held
+        .or(container(pod))
+        .and_then(|container| container.state.as_ref()?.waiting.clone());
     let (word, message) = match state {
         Some(waiting) => (waiting.reason.unwrap_or_default(), waiting.message.unwrap_or_default()),
         None => ("Scheduled".into(), "the kubelet has not started it yet".into()),
@@ -297,11 +375,14 @@ pub fn waiting(pod: &Pod) -> Option<(Reason, String)> {
     } else {
         &word
     };
-    let image = pod
-        .spec
-        .as_ref()
-        .and_then(|spec| spec.containers.first()?.image.clone())
-        .unwrap_or_default();
+    let image = match held {
+        Some(init) => init.image.clone(),
+        None => {
+            let spec = pod.spec.as_ref();
+            spec.and_then(|spec| spec.containers.first()?.image.clone())
+                .unwrap_or_default()
+        }
+    };
     let detail = match reason {
         Reason::ImagePullFailed => image,
         _ => message,

@@ -2,11 +2,12 @@
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::ResourceExt;
-use strata_api::{ArtifactStatus, Decimal, InputStatus, PodOverrides, Reason, Reference, RunStatus};
-use strata_contract::{Checkpoint, Gate, Input, Resource, Stage, Uri, hash_canonical};
+use strata_api::{ArtifactStatus, Common, Decimal, InputStatus, PodOverrides, Reason, Reference, RunStatus};
+use strata_contract::{Checkpoint, Gate, Input, Resource, Stage, StageContainer, Uri, hash_canonical};
 
-use super::Runs;
+use super::{Engine, Runs};
 use crate::engine::kind::{Env, Observed, Ref, Refusal, ResourceKind, Status};
+use crate::workload::container;
 use crate::workload::job::MAX_RESOURCE_NAME;
 use crate::workload::labels;
 use crate::workload::pod::Sizes;
@@ -100,6 +101,14 @@ pub struct Order {
     pub pod: PodOverrides,
     /// Image of a run that begins now.
     pub image: String,
+    /// The user's container that does the work; absent: Strata's own engine.
+    pub container: Option<container::Stage>,
+    /// Strata's image, from which a container gets the shim.
+    pub shim_image: String,
+    /// Nodes of an attempt.
+    pub nodes: u32,
+    /// The queue in which attempts wait for Kueue.
+    pub queue: Option<String>,
 }
 
 /// Judges a spec.
@@ -139,6 +148,19 @@ pub fn check<T: Runs>(resource: &T, observed: &Observed, env: &Env) -> Result<Or
                 .ok_or_else(|| spec_invalid("spec.deadline must be a duration above 0, such as 30m".into()))?,
         ),
     };
+    let engine = resource.engine().map_err(spec_invalid)?;
+    let container = match engine {
+        Engine::Own(_) => None,
+        Engine::Container(container) => Some(container::Stage::parse(container).map_err(spec_invalid)?),
+    };
+    let nodes = nodes(common);
+    if let (true, Engine::Own(engine)) = (nodes > 1, engine) {
+        let message = format!(
+            "engine {engine} runs on one node, and spec.hardware.nodeCount is {nodes}: write 1, or an engine that runs on \
+             several: container"
+        );
+        return Err(Refusal::Spec(Reason::EngineUnsupported, message));
+    }
     if let Some(circle) = circle(&this, resource, observed) {
         let message = format!("the resource depends on itself: {circle}; break the circle");
         return Err(Refusal::Spec(Reason::ReferenceCycle, message));
@@ -157,7 +179,8 @@ pub fn check<T: Runs>(resource: &T, observed: &Observed, env: &Env) -> Result<Or
     let status = resource.status().map_or(&none, Status::run_status);
     let run_with = |inputs: Vec<Input>| {
         let stage = resource.stage(&inputs).map_err(spec_invalid)?;
-        let run_id = run_id(T::RUN_KIND, &stage, common.run_generation.unwrap_or(0));
+        let made_by = container.as_ref().map(|container| &container.run);
+        let run_id = run_id(T::RUN_KIND, &stage, made_by, common.run_generation.unwrap_or(0));
         Ok((inputs, stage, run_id))
     };
     let inputs: Result<Vec<Input>, Refusal> = wanted
@@ -196,13 +219,31 @@ pub fn check<T: Runs>(resource: &T, observed: &Observed, env: &Env) -> Result<Or
         suspend: common.suspend.unwrap_or(false),
         sizes: T::SIZES,
         pod,
-        image: env.runtime_image.clone(),
+        image: match &container {
+            Some(container) => container.run.image.clone(),
+            None => env.runtime_image.clone(),
+        },
+        container,
+        shim_image: env.runtime_image.clone(),
+        nodes,
+        queue: queue(common).map(str::to_owned),
         resource: Resource {
             kind: T::RUN_KIND.name().into(),
             namespace,
             name,
         },
     })
+}
+
+/// The queue in which a resource's work waits for Kueue.
+pub fn queue(common: &Common) -> Option<&str> {
+    Some(common.scheduler.as_ref()?.kubernetes.queue.as_str())
+}
+
+/// The nodes that an attempt takes.
+pub fn nodes(common: &Common) -> u32 {
+    let _ = common;
+    1
 }
 
 /// The reference that makes `resource` the owner of something.
@@ -217,7 +258,11 @@ pub fn owner<T: Runs>(resource: &T) -> OwnerReference {
     }
 }
 
-fn check_name(name: &str) -> Result<(), String> {
+/// Judges a resource's name.
+///
+/// # Errors
+/// The rule.
+pub fn check_name(name: &str) -> Result<(), String> {
     let plain = name
         .chars()
         .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-');
@@ -294,6 +339,21 @@ pub fn is_published(status: &RunStatus, run_id: &str) -> bool {
         .artifact
         .as_ref()
         .is_some_and(|artifact| artifact.run_id == run_id)
+}
+
+/// What `resource` reads from others, as it is there now.
+///
+/// # Errors
+/// The condition that says which input is not there.
+pub fn resolve_all<T: Runs>(resource: &T, observed: &Observed) -> Result<Vec<Input>, Refusal> {
+    let none = RunStatus::default();
+    let status = resource.status().map_or(&none, Status::run_status);
+    let namespace = resource.namespace().unwrap_or_default();
+    let inputs = resource.inputs();
+    inputs
+        .iter()
+        .map(|input| resolve(input, &namespace, status, observed))
+        .collect()
 }
 
 fn resolve(input: &InputRef, namespace: &str, status: &RunStatus, observed: &Observed) -> Result<Input, Refusal> {
@@ -387,7 +447,7 @@ fn as_published(wanted: &[InputRef], namespace: &str, status: &RunStatus, observ
 ///
 /// Whoever adds a field to a stage's configuration leaves it out of the JSON where it has its default
 /// (`skip_serializing_if`): otherwise every run there is gets another id, and is computed again.
-fn run_id(kind: ResourceKind, stage: &Stage, run_generation: i64) -> String {
+fn run_id(kind: ResourceKind, stage: &Stage, container: Option<&StageContainer>, run_generation: i64) -> String {
     let mut stage = stage.clone();
     let fixed = Checkpoint {
         every_seconds: 0,
@@ -416,11 +476,16 @@ fn run_id(kind: ResourceKind, stage: &Stage, run_generation: i64) -> String {
             input.uri = Uri::File("/".into());
         }
     }
-    let mut hash = hash_canonical(&serde_json::json!({
+    let mut what = serde_json::json!({
         "kind": kind.name(),
         "stage": stage,
         "runGeneration": run_generation,
-    }));
+    });
+    // Left out where there is none: Strata's own runs keep the ids that they had before there was a choice.
+    if let Some(container) = container {
+        what["container"] = serde_json::json!(container);
+    }
+    let mut hash = hash_canonical(&what);
     hash.truncate(16);
     hash
 }

@@ -24,7 +24,7 @@ use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::jiff::Timestamp;
 use kube::Resource;
 use kube::core::object::HasStatus;
-use strata_api::{Common, RunStatus};
+use strata_api::{Common, RunStatus, StageContainer};
 use strata_contract::{Input, Stage};
 
 use crate::engine::cache::Cached;
@@ -33,6 +33,29 @@ use crate::workload::pod::Sizes;
 
 pub use check::{InputRef, Order, Source};
 pub use phase::Phase;
+
+/// By what a run is carried out.
+#[derive(Clone, Copy, Debug)]
+pub enum Engine<'a> {
+    /// Strata's own, by its name in the spec.
+    Own(&'static str),
+    /// The user's container.
+    Container(&'a StageContainer),
+}
+
+impl<'a> Engine<'a> {
+    /// The engine that a union's members say; without any, Strata's own.
+    ///
+    /// # Errors
+    /// A sentence that says what to write instead.
+    pub fn of<T>(name: &'static str, own: Option<&T>, container: Option<&'a StageContainer>) -> Result<Self, String> {
+        match (own, container) {
+            (_, None) => Ok(Self::Own(name)),
+            (None, Some(container)) => Ok(Self::Container(container)),
+            (Some(_), Some(_)) => Err(format!("spec.engine: exactly one of {name}, container must be set")),
+        }
+    }
+}
 
 /// How a spec becomes a run.
 pub trait Runs: Resource<DynamicType = ()> + HasStatus<Status: Status> {
@@ -43,6 +66,12 @@ pub trait Runs: Resource<DynamicType = ()> + HasStatus<Status: Status> {
 
     /// The fields that all kinds share.
     fn common(&self) -> &Common;
+
+    /// By what the run is carried out.
+    ///
+    /// # Errors
+    /// A sentence that says what to write instead.
+    fn engine(&self) -> Result<Engine<'_>, String>;
 
     /// What the run reads from others, in the order in which [`Runs::stage`] gets it.
     fn inputs(&self) -> Vec<InputRef>;
@@ -120,6 +149,10 @@ where
 
     fn refs(&self) -> Vec<Ref> {
         refs(self)
+    }
+
+    fn nodes(&self) -> u32 {
+        check::nodes(self.common())
     }
 
     fn upstream(&self) -> Upstream {

@@ -27,6 +27,7 @@ use super::attempt::{self, State};
 use super::check::is_published;
 use super::{Order, label};
 use crate::engine::kind::Observed;
+use crate::workload::container::SHIM_CONTAINER;
 use crate::workload::labels;
 
 /// Pause after the first failure; it doubles with each further one.
@@ -60,8 +61,10 @@ pub enum Phase {
     },
     /// The current attempt waits or runs.
     Active(State),
-    /// The image of the run cannot be pulled, and the operator has another one by now.
+    /// An image of the run cannot be pulled, and the operator has another one by now.
     Repin,
+    /// The attempt is in a queue where it is not to be: the user stopped it, or named another queue before it began.
+    Withdraw,
     /// The next attempt starts at `until`.
     Backoff {
         /// When.
@@ -175,7 +178,7 @@ impl Ledger {
                 self.end(failure, lasted);
                 self.report = report;
             }
-            state => self.state = Some(state),
+            state => self.state = Some(attempt::queued(job, observed).unwrap_or(state)),
         }
         self.job = Some(job.clone());
     }
@@ -184,6 +187,14 @@ impl Ledger {
 fn image(job: &Job) -> Option<&str> {
     let template = &job.spec.as_ref()?.template;
     template.spec.as_ref()?.containers.first()?.image.as_deref()
+}
+
+/// Strata's image beside a container of the user's.
+fn shim_image(job: &Job) -> Option<&str> {
+    let template = &job.spec.as_ref()?.template;
+    let all = template.spec.as_ref()?.init_containers.as_ref()?;
+    let shim = all.iter().find(|container| container.name == SHIM_CONTAINER)?;
+    shim.image.as_deref()
 }
 
 /// Whether a Job still has or may get a pod.
@@ -208,9 +219,15 @@ pub fn phase(order: &Order, ledger: &Ledger, status: &RunStatus, observed: &Obse
     }
     if let Some(state) = &ledger.state {
         let stuck = matches!(state, State::Waiting(Reason::ImagePullFailed, _));
+        let job = ledger.job.as_ref();
+        let queue = job.and_then(attempt::queue);
+        let has_begun = !job.is_some_and(attempt::is_suspended);
+        let of_another = job.and_then(shim_image).is_some_and(|image| image != order.shim_image);
         return match state {
+            _ if queue.is_some() && order.suspend => Phase::Withdraw,
+            _ if queue.is_some() && !has_begun && queue != order.queue.as_deref() => Phase::Withdraw,
             _ if order.suspend => Phase::Suspended,
-            _ if stuck && ledger.image != order.image => Phase::Repin,
+            _ if stuck && (ledger.image != order.image || of_another) => Phase::Repin,
             state => Phase::Active(state.clone()),
         };
     }

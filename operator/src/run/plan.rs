@@ -1,6 +1,7 @@
 //! From a run's phase to what is wanted of the server.
 
 use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::core::v1::{ConfigMap, Service};
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
 use strata_api::RunStatus;
@@ -9,7 +10,7 @@ use strata_contract::{CONTRACT_VERSION, Run, StageConfig};
 use super::phase::{Ledger, Phase, phase};
 use super::{Order, Runs, attempt, label};
 use crate::engine::kind::{JobRef, Observed, Planned, Refusal, Status};
-use crate::workload::{job, labels};
+use crate::workload::{job, jobset, labels};
 
 /// Finished Jobs that are kept of the current run, and of earlier runs while the current one has not published.
 const KEPT_JOBS: usize = 3;
@@ -18,8 +19,10 @@ const KEPT_JOBS: usize = 3;
 pub fn plan<T: Runs>(resource: &T, checked: Result<&Order, &Refusal>, observed: &Observed, now: Timestamp) -> Planned {
     let Ok(order) = checked else {
         // What runs goes on: its inputs were good when it started. Only `suspend` is obeyed.
+        let stopped = resource.common().suspend.unwrap_or(false);
         return Planned {
-            suspend: toggles(observed, resource.common().suspend.unwrap_or(false)),
+            suspend: toggles(observed, stopped),
+            delete: if stopped { queued(observed) } else { Vec::new() },
             ..Planned::default()
         };
     };
@@ -43,14 +46,21 @@ pub fn plan<T: Runs>(resource: &T, checked: Result<&Order, &Refusal>, observed: 
                 .extend(outdated.filter(|job| !is_deleting(job)).filter_map(job_ref));
         }
         Phase::Suspended | Phase::Active(_) => planned.suspend = toggles(observed, order.suspend),
-        Phase::Repin => planned.delete.extend(ledger.job.as_ref().and_then(job_ref)),
-        Phase::Start { attempt, image } => planned.start = Some(start(order, attempt, &image)),
+        Phase::Repin | Phase::Withdraw => {
+            let job = ledger.job.as_ref().filter(|job| !is_deleting(job));
+            planned.delete.extend(job.and_then(job_ref));
+        }
+        Phase::Start { attempt, image } => {
+            let (config_map, job, names) = start(order, attempt, &image, observed.has_jobset);
+            planned.start = Some((config_map, job));
+            planned.names = names;
+        }
     }
     planned
 }
 
 /// The objects of an attempt.
-fn start(order: &Order, attempt: i32, image: &str) -> (k8s_openapi::api::core::v1::ConfigMap, Job) {
+fn start(order: &Order, attempt: i32, image: &str, has_jobset: bool) -> (ConfigMap, Job, Option<Service>) {
     let config = StageConfig {
         contract_version: CONTRACT_VERSION,
         run: Run {
@@ -60,6 +70,7 @@ fn start(order: &Order, attempt: i32, image: &str) -> (k8s_openapi::api::core::v
             output: order.output.clone(),
         },
         stage: order.stage.clone(),
+        container: order.container.as_ref().map(|container| container.run.clone()),
     };
     job::build(&job::JobParts {
         kind: order.kind,
@@ -67,6 +78,15 @@ fn start(order: &Order, attempt: i32, image: &str) -> (k8s_openapi::api::core::v
         config: &config,
         generation: order.generation,
         image,
+        container: order
+            .container
+            .as_ref()
+            .map(|container| (container, order.shim_image.as_str())),
+        nodes: job::Nodes {
+            count: order.nodes,
+            in_jobset: has_jobset,
+        },
+        queue: order.queue.as_deref(),
         deadline_seconds: order.deadline_seconds,
         claims: &order.claims,
         sizes: order.sizes,
@@ -78,15 +98,33 @@ fn is_deleting(job: &Job) -> bool {
     job.metadata.deletion_timestamp.is_some()
 }
 
-/// Unfinished Jobs whose `spec.suspend` is not what is wanted. A Job that somebody else suspended waits for them.
+/// Unfinished Jobs whose `spec.suspend` is not what is wanted. A Job that somebody else suspended waits for them, and one in
+/// a queue is Kueue's to suspend and to resume.
 fn toggles(observed: &Observed, wanted: bool) -> Vec<(JobRef, bool)> {
     let is_ours = |job: &Job| job.annotations().contains_key(labels::SUSPENDED);
     observed
         .jobs
         .iter()
         .filter(|job| !attempt::finished(job) && !is_deleting(job) && attempt::is_suspended(job) != wanted)
+        .filter(|job| attempt::queue(job).is_none())
         .filter(|job| wanted || is_ours(job))
         .filter_map(|job| Some((job_ref(job)?, wanted)))
+        .collect()
+}
+
+/// Unfinished Jobs in a queue. Kueue would resume one that is suspended, so they are taken back instead.
+fn queued(observed: &Observed) -> Vec<JobRef> {
+    let is_queued = |job: &&Job| attempt::queue(job).is_some() && !attempt::finished(job) && !is_deleting(job);
+    observed.jobs.iter().filter(is_queued).filter_map(job_ref).collect()
+}
+
+/// All Jobs, for a resource that has no run any more.
+pub fn all_of(observed: &Observed) -> Vec<JobRef> {
+    observed
+        .jobs
+        .iter()
+        .filter(|job| !is_deleting(job))
+        .filter_map(job_ref)
         .collect()
 }
 
@@ -121,5 +159,6 @@ fn job_ref(job: &Job) -> Option<JobRef> {
         name: job.metadata.name.clone()?,
         uid: job.metadata.uid.clone()?,
         running: !attempt::finished(job),
+        is_jobset: jobset::is_jobset(job),
     })
 }

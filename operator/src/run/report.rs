@@ -63,8 +63,10 @@ pub fn judge<T: Runs>(resource: &T, checked: Result<&Order, &Refusal>, observed:
     // What is published needs no Job any more: that one is gone says nothing.
     if ledger.attempt > 0 && phase != Phase::Published {
         let mut run = run_info(&order.run_id, &ledger, &before);
-        if phase == Phase::Repin {
-            run.failure = Some(repin(order, &ledger, now));
+        match phase {
+            Phase::Repin => run.failure = Some(repin(order, &ledger, now)),
+            Phase::Withdraw => run.failure = Some(withdrawn(order, &ledger, now)),
+            _ => {}
         }
         status.run = Some(run);
     }
@@ -130,7 +132,8 @@ fn goes_on(refusal: &Refusal, before: RunStatus, observed: &Observed, now: Times
     }
 }
 
-fn refused(refusal: &Refusal, running: Option<String>) -> Vec<Finding> {
+/// What is said where nothing is run.
+pub fn refused(refusal: &Refusal, running: Option<String>) -> Vec<Finding> {
     use ConditionType::{Accepted, InputsReady, Succeeded};
     let blocked = |kind: ConditionType, by: &str| Finding::new(kind, Reason::Blocked, format!("see condition {by}"));
     let succeeded = |by: &str| match running {
@@ -156,10 +159,33 @@ fn repin(order: &Order, ledger: &Ledger, now: Timestamp) -> AttemptFailure {
     AttemptFailure {
         attempt: ledger.attempt,
         reason: Reason::ImagePullFailed.name().into(),
-        message: format!(
+        message: cannot_be_pulled(order, ledger),
+        outcome: AttemptOutcome::Interrupted,
+        time: whole_seconds(now),
+        generation: Some(order.generation),
+    }
+}
+
+fn cannot_be_pulled(order: &Order, ledger: &Ledger) -> String {
+    // A container's own image is in the run's id: then it is the shim's that has changed.
+    match &order.container {
+        Some(_) => format!(
+            "the image of the shim cannot be pulled; the next attempt takes {}",
+            order.shim_image
+        ),
+        None => format!(
             "{} cannot be pulled; the next attempt takes {}",
             ledger.image, order.image
         ),
+    }
+}
+
+/// Written before the Job is gone: it was not lost, and the next attempt follows when it may.
+fn withdrawn(order: &Order, ledger: &Ledger, now: Timestamp) -> AttemptFailure {
+    AttemptFailure {
+        attempt: ledger.attempt,
+        reason: Reason::Interrupted.name().into(),
+        message: "it was taken back from its queue".into(),
         outcome: AttemptOutcome::Interrupted,
         time: whole_seconds(now),
         generation: Some(order.generation),
@@ -196,17 +222,13 @@ fn run_info(run_id: &str, ledger: &Ledger, before: &RunStatus) -> RunInfo {
 
 fn publish(status: &mut RunStatus, run_id: &str, handed_in: &[Input], report: &Report) {
     let Some(artifact) = &report.artifact else { return };
-    let previous = status.artifact.replace(ArtifactStatus {
+    let published = ArtifactStatus {
         uri: artifact.uri.to_string(),
         digest: artifact.digest.clone(),
         bytes: i64::try_from(artifact.bytes).unwrap_or(i64::MAX),
         run_id: run_id.to_owned(),
-    });
-    status.previous_artifacts.splice(..0, previous);
-    status
-        .previous_artifacts
-        .retain(|previous| previous.digest != artifact.digest);
-    status.previous_artifacts.truncate(KEPT_ARTIFACTS);
+    };
+    replace_artifact(status, published);
     // A report that had to be shortened has no inputs, or not their resources: then they are what was handed in.
     let resource_of = |name: &str| handed_in.iter().find(|input| input.name == name)?.resource.clone();
     let read = report.inputs.iter().map(|input| Input {
@@ -222,7 +244,17 @@ fn publish(status: &mut RunStatus, run_id: &str, handed_in: &[Input], report: &R
     status.gates = gates(report);
 }
 
-fn input(input: &Input) -> InputStatus {
+/// Puts `artifact` in the place of the one before, which is remembered.
+pub fn replace_artifact(status: &mut RunStatus, artifact: ArtifactStatus) {
+    let digest = artifact.digest.clone();
+    let previous = status.artifact.replace(artifact);
+    status.previous_artifacts.splice(..0, previous);
+    status.previous_artifacts.retain(|previous| previous.digest != digest);
+    status.previous_artifacts.truncate(KEPT_ARTIFACTS);
+}
+
+/// An input as a status says it.
+pub fn input(input: &Input) -> InputStatus {
     InputStatus {
         name: input.name.clone(),
         uri: input.uri.to_string(),
@@ -280,12 +312,20 @@ fn succeeded(order: &Order, phase: &Phase, ledger: &Ledger, before: &RunStatus) 
             (Reason::Pending, message.into())
         }
         Phase::Suspended => (Reason::Suspended, "spec.suspend is true; what was saved is kept".into()),
+        Phase::Withdraw if order.suspend => {
+            let message = "spec.suspend is true; the attempt is taken back from its queue, and what was saved is kept";
+            (Reason::Suspended, message.into())
+        }
+        Phase::Withdraw => {
+            let message = "the attempt is taken back from its queue; the next one goes where spec.scheduler says";
+            (Reason::Pending, message.into())
+        }
         Phase::Start { attempt, .. } => (Reason::Pending, format!("attempt {attempt} is about to start")),
         Phase::Active(State::Waiting(reason, message)) => (*reason, message.clone()),
         Phase::Active(State::Running(message)) => (Reason::Running, message.clone()),
         Phase::Active(State::Published(_) | State::Failed(..)) => (Reason::Pending, "the attempt has ended".into()),
         Phase::Repin => {
-            let message = format!("{} cannot be pulled; starting again with {}", ledger.image, order.image);
+            let message = format!("{}; starting again", cannot_be_pulled(order, ledger));
             (Reason::ImagePullFailed, message)
         }
         Phase::Backoff { failure, .. } if failure.outcome == AttemptOutcome::Interrupted => {
@@ -338,7 +378,10 @@ fn published_before(before: &RunStatus) -> String {
 
 fn requeue(phase: &Phase, now: Timestamp) -> Option<Duration> {
     match phase {
-        Phase::Active(State::Running(_)) => Some(PROGRESS_PERIOD),
+        // What holds it in a queue is said by an object that is not watched.
+        Phase::Active(State::Running(_) | State::Waiting(Reason::Queued | Reason::Preempted, _)) => {
+            Some(PROGRESS_PERIOD)
+        }
         Phase::Backoff { until, .. } => {
             let wait = Duration::try_from(until.duration_since(now)).unwrap_or(Duration::ZERO);
             Some(wait.max(Duration::from_millis(100)))

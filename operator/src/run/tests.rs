@@ -1,6 +1,7 @@
 //! What a run decides, as tables: how an attempt ended and what follows, what is started, kept and deleted.
 
 mod ends;
+mod gang;
 mod ids;
 
 use serde_json::json;

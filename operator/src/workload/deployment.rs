@@ -9,6 +9,31 @@ use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
 use super::service::Scheme;
 
+/// Time between two looks at a pod that starts, in seconds.
+const STARTUP_PERIOD_SECONDS: i32 = 2;
+
+/// How serving pods are asked whether they live.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Probes {
+    /// Path that answers while the server lives.
+    pub health: String,
+    /// Path that answers while it takes requests.
+    pub ready: String,
+    /// Longest time until it lives.
+    pub startup_seconds: i64,
+}
+
+impl Probes {
+    /// Those of Strata's own server. Loading weights may take minutes: the start has five of them, the others judge what runs.
+    pub fn own() -> Self {
+        Self {
+            health: "/health".into(),
+            ready: "/ready".into(),
+            startup_seconds: 300,
+        }
+    }
+}
+
 /// A Deployment that replaces a pod only when its successor is ready.
 pub fn build(
     metadata: ObjectMeta,
@@ -16,16 +41,17 @@ pub fn build(
     selector: BTreeMap<String, String>,
     replicas: i32,
     scheme: Scheme,
+    probes: &Probes,
     mut template: PodTemplateSpec,
 ) -> Deployment {
     for pod in template.spec.iter_mut() {
         pod.topology_spread_constraints = Some(vec![on_many_nodes(selector.clone())]);
     }
     for container in template.spec.iter_mut().flat_map(|spec| &mut spec.containers) {
-        // Loading weights may take minutes: the start has five of them, the others judge what runs.
-        container.startup_probe = Some(probe("/health", scheme, 2, 150));
-        container.readiness_probe = Some(probe("/ready", scheme, 2, 2));
-        container.liveness_probe = Some(probe("/health", scheme, 10, 6));
+        let looks = i32::try_from(probes.startup_seconds / i64::from(STARTUP_PERIOD_SECONDS)).unwrap_or(i32::MAX);
+        container.startup_probe = Some(probe(&probes.health, scheme, STARTUP_PERIOD_SECONDS, looks.max(1)));
+        container.readiness_probe = Some(probe(&probes.ready, scheme, 2, 2));
+        container.liveness_probe = Some(probe(&probes.health, scheme, 10, 6));
     }
     Deployment {
         metadata: ObjectMeta {
@@ -35,7 +61,8 @@ pub fn build(
         spec: Some(DeploymentSpec {
             replicas: Some(replicas),
             revision_history_limit: Some(2),
-            progress_deadline_seconds: Some(600),
+            // Longer than a start may take.
+            progress_deadline_seconds: Some(i32::try_from(probes.startup_seconds + 300).unwrap_or(i32::MAX)),
             selector: LabelSelector {
                 match_labels: Some(selector),
                 ..LabelSelector::default()

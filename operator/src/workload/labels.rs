@@ -22,6 +22,10 @@ pub const DIGEST: &str = "strata.dev/digest";
 pub const APPLIED: &str = "strata.dev/applied";
 /// Annotation on a Job: generation of the spec that it was made from.
 pub const GENERATION: &str = "strata.dev/generation";
+/// Annotation on an attempt: what it is on the server, where that is no plain Job.
+pub const WORKLOAD: &str = "strata.dev/workload";
+/// Label on an attempt: the queue in which it waits for Kueue.
+pub const QUEUE: &str = "kueue.x-k8s.io/queue-name";
 /// Annotation on a Job that Strata suspended: others, such as Kueue, suspend Jobs too, and only they may resume those.
 pub const SUSPENDED: &str = "strata.dev/suspended";
 /// Prefix of the keys that are Strata's.

@@ -69,3 +69,20 @@ pub fn build(
         ..Service::default()
     }
 }
+
+/// A Service without an address of its own: the nodes of an attempt find each other by name, also before they are ready.
+pub fn of_nodes(metadata: ObjectMeta, owner: &OwnerReference, selector: BTreeMap<String, String>) -> Service {
+    Service {
+        metadata: ObjectMeta {
+            owner_references: Some(vec![owner.clone()]),
+            ..metadata
+        },
+        spec: Some(ServiceSpec {
+            selector: Some(selector),
+            cluster_ip: Some("None".into()),
+            publish_not_ready_addresses: Some(true),
+            ..ServiceSpec::default()
+        }),
+        ..Service::default()
+    }
+}

@@ -217,6 +217,31 @@ impl Attempt {
         }))
     }
 
+    /// Makes every file in the content folder part of the artifact; returns how many there are. A link becomes the file that it
+    /// leads to, as what it leads to may not last.
+    pub fn adopt_all(&self) -> Result<usize> {
+        let files = walk(&self.content_dir())?;
+        for (name, path) in &files {
+            let writing = |error: io::Error| ArtifactError::writing(path, error);
+            if fs::symlink_metadata(path).map_err(writing)?.is_symlink() {
+                let mut partial = path.clone().into_os_string();
+                partial.push(PARTIAL_SUFFIX);
+                fs::copy(path, &partial).map_err(writing)?;
+                fs::rename(&partial, path).map_err(writing)?;
+            }
+            self.adopt(name)?;
+        }
+        Ok(files.len())
+    }
+
+    /// Removes what is in the content folder: an attempt that is started a second time begins with an empty one.
+    pub fn clear(&self) -> Result<()> {
+        let content = self.content_dir();
+        fs::remove_dir_all(&content)
+            .and_then(|()| fs::create_dir(&content))
+            .map_err(|error| ArtifactError::writing(&content, error))
+    }
+
     /// Publishes the finished files with `draft` as the run's artifact; `number` counts the run's attempts from 1.
     ///
     /// If another attempt was faster, its manifest is returned and stands.

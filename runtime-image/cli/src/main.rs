@@ -4,15 +4,15 @@
 //! names the configuration in `STRATA_CONFIG` and reads the report from the termination message.
 
 mod copy;
-mod harness;
-mod monitor;
 mod serve;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use strata_contract::{CONFIG_ENV, VOLUMES_DIR, VOLUMES_ENV};
+use strata_contract::{FailureReason, Stage, VOLUMES_DIR, VOLUMES_ENV};
+use strata_harness::StageArguments;
+use strata_stage::StageError;
 
 /// The stages of a language model's life, each as a subcommand.
 #[derive(Parser)]
@@ -44,39 +44,36 @@ enum Command {
     Copy(copy::Arguments),
 }
 
-/// What a stage is started with.
-#[derive(clap::Args)]
-struct StageArguments {
-    /// The configuration: JSON as in docs/reference/contract.schema.json.
-    #[arg(long, env = CONFIG_ENV)]
-    config: PathBuf,
-    /// Where the report is written when the stage ends.
-    #[arg(long, default_value = "/dev/termination-log")]
-    report: PathBuf,
-    /// Unique id of this attempt; names its output folder.
-    #[arg(long, env = strata_contract::ATTEMPT_ENV, default_value = "local")]
-    attempt_id: String,
-    /// Address of /metrics and /progress; `none` serves nothing.
-    #[arg(long, default_value = "0.0.0.0:9090")]
-    monitor: String,
-}
-
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
-    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_target(false);
-    match arguments.log_format.as_str() {
-        "json" => logs.json().init(),
-        _ => logs.with_ansi(false).init(),
-    }
+    strata_harness::log(&arguments.log_format);
     let volumes = arguments.volumes;
     let code = match arguments.command {
-        Command::Curate(stage) => harness::run("curate", stage, volumes),
-        Command::Pretrain(stage) => harness::run("pretrain", stage, volumes),
-        Command::Align(stage) => harness::run("align", stage, volumes),
-        Command::Quantize(stage) => harness::run("quantize", stage, volumes),
+        Command::Curate(stage) => stage_of("curate", stage, volumes),
+        Command::Pretrain(stage) => stage_of("pretrain", stage, volumes),
+        Command::Align(stage) => stage_of("align", stage, volumes),
+        Command::Quantize(stage) => stage_of("quantize", stage, volumes),
         Command::Serve(arguments) => serve::run(*arguments, &volumes),
         Command::Copy(arguments) => copy::run(&arguments),
     };
     ExitCode::from(u8::try_from(code).unwrap_or(1))
+}
+
+/// Runs the stage that the configuration holds, which must be `command`.
+fn stage_of(command: &'static str, arguments: StageArguments, volumes: PathBuf) -> i32 {
+    strata_harness::run(command, arguments, volumes, |config, context| {
+        if config.stage.command() != command {
+            let message = format!(
+                "the configuration is for stage {:?}, not {command:?}",
+                config.stage.command()
+            );
+            return Err(StageError::new(FailureReason::ConfigInvalid, message));
+        }
+        match &config.stage {
+            Stage::Curate(config) => strata_curate::run(config, context),
+            Stage::Pretrain(config) => strata_pretrain::run(config, context),
+            Stage::Align(config) => strata_align::run(config, context),
+            Stage::Quantize(config) => strata_quantize::run(config, context),
+        }
+    })
 }

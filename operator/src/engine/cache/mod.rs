@@ -104,6 +104,8 @@ type Raw = Option<Box<RawValue>>;
 struct JobSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     suspend: Raw,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    completions: Raw,
     template: Template,
 }
 
@@ -117,6 +119,8 @@ struct Template {
 struct PodSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     node_name: Raw,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    init_containers: Option<Vec<Container>>,
     containers: Vec<Container>,
 }
 
@@ -146,6 +150,8 @@ struct PodStatus {
     pod_ip: Raw,
     #[serde(skip_serializing_if = "Option::is_none")]
     conditions: Raw,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    init_container_statuses: Raw,
     #[serde(skip_serializing_if = "Option::is_none")]
     container_statuses: Raw,
 }

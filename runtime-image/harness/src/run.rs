@@ -11,7 +11,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use strata_artifact::RunFolder;
-use strata_contract::{CONTRACT_VERSION, EXIT_DONE, FailureReason, Report, Stage, StageConfig};
+use strata_contract::{CONTRACT_VERSION, EXIT_DONE, FailureReason, Report, StageConfig};
 use strata_stage::{Interrupt, ProgressHandle, StageContext, StageError};
 
 use crate::StageArguments;
@@ -20,11 +20,17 @@ use crate::monitor::Monitor;
 /// Largest configuration in bytes: more than a ConfigMap holds.
 const CONFIG_LIMIT_BYTES: u64 = 1024 * 1024;
 
-/// Runs the stage `command`; the exit status is the contract's.
-pub(crate) fn run(command: &str, arguments: StageArguments, volumes: PathBuf) -> i32 {
-    let result = prepare(command, &arguments, volumes).and_then(|(stage, context)| {
+/// Carries out `stage`, which calls itself `command` in logs and metrics; the exit status is the contract's.
+pub fn run(
+    command: &str,
+    arguments: StageArguments,
+    volumes: PathBuf,
+    stage: impl FnOnce(&StageConfig, &StageContext) -> Result<Report, StageError>,
+) -> i32 {
+    let result = prepare(&arguments, volumes).and_then(|(config, context)| {
         let monitor = Monitor::start(&arguments.monitor, command, &context)?;
-        let result = published(&context).and_then(|found| found.map_or_else(|| carry_out(&stage, &context), Ok));
+        let result =
+            published(&context).and_then(|found| found.map_or_else(|| carry_out(|| stage(&config, &context)), Ok));
         monitor.stop();
         result
     });
@@ -45,23 +51,16 @@ pub(crate) fn run(command: &str, arguments: StageArguments, volumes: PathBuf) ->
     code
 }
 
-fn prepare(command: &str, arguments: &StageArguments, volumes: PathBuf) -> Result<(Stage, StageContext), StageError> {
+fn prepare(arguments: &StageArguments, volumes: PathBuf) -> Result<(StageConfig, StageContext), StageError> {
     let config = read_config(&arguments.config)?;
-    if config.stage.command() != command {
-        let message = format!(
-            "the configuration is for stage {:?}, not {command:?}",
-            config.stage.command()
-        );
-        return Err(StageError::new(FailureReason::ConfigInvalid, message));
-    }
     let context = StageContext {
-        run: config.run,
+        run: config.run.clone(),
         volumes,
         attempt_id: arguments.attempt_id.clone(),
         progress: ProgressHandle::default(),
         interrupt: Interrupt::default(),
     };
-    Ok((config.stage, context))
+    Ok((config, context))
 }
 
 fn read_config(path: &Path) -> Result<StageConfig, StageError> {
@@ -101,16 +100,10 @@ fn published(context: &StageContext) -> Result<Option<Report>, StageError> {
     }))
 }
 
-fn carry_out(stage: &Stage, context: &StageContext) -> Result<Report, StageError> {
-    let run = || match stage {
-        Stage::Curate(config) => strata_curate::run(config, context),
-        Stage::Pretrain(config) => strata_pretrain::run(config, context),
-        Stage::Align(config) => strata_align::run(config, context),
-        Stage::Quantize(config) => strata_quantize::run(config, context),
-    };
+fn carry_out(stage: impl FnOnce() -> Result<Report, StageError>) -> Result<Report, StageError> {
     // A panic is a defect of ours; the report says so instead of leaving a bare exit status. The message itself went to
     // the log, and the context is not used again.
-    catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|_| {
+    catch_unwind(AssertUnwindSafe(stage)).unwrap_or_else(|_| {
         Err(StageError::new(
             FailureReason::Internal,
             "the stage panicked; its log says where",
@@ -135,7 +128,11 @@ mod tests {
                 attempt_id: "a".into(),
                 monitor: "none".into(),
             };
-            let code = run("pretrain", arguments, folder.path().to_owned());
+            let refuse = |_: &StageConfig, _: &StageContext| {
+                let message = "the stage was started";
+                Err(StageError::new(FailureReason::ConfigInvalid, message))
+            };
+            let code = run("pretrain", arguments, folder.path().to_owned(), refuse);
             let report: Report = serde_json::from_str(&fs::read_to_string(report).expect("a report")).expect("JSON");
             (code, report)
         };
@@ -150,7 +147,7 @@ mod tests {
             (
                 r#"{"contractVersion":1,"run":{"id":"r","attempt":1,"resource":{"kind":"k","name":"n"},
                     "output":"file:///tmp/x"},"stage":{"quantize":{"model":{"name":"m","uri":"file:///m"},"format":"Q8_0"}}}"#,
-                "quantize",
+                "the stage was started",
             ),
         ] {
             let (code, report) = run_with(text);
