@@ -79,7 +79,7 @@ impl Metrics {
         let own_work = HistogramVec::new(
             HistogramOpts::new(
                 "strata_operator_own_work_seconds",
-                "Length of a reconcile without its waiting for the API server, by kind.",
+                "Processor time of a reconcile by kind: its length without any waiting.",
             )
             .buckets(WORK_BUCKETS.to_vec()),
             &["kind"],

@@ -15,6 +15,10 @@ pub const CONTAINERD_SOCKET: &str = "/run/containerd/containerd.sock";
 const ETCD: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 2379);
 const ETCD_PEERS: &str = "http://127.0.0.1:2380";
 
+/// Requests a second of a controller and of the scheduler. By default 20 and 50: what is measured beside them would be
+/// measured against that limit.
+const UNTHROTTLED: [(&str, &str); 2] = [("kube-api-qps", "1000"), ("kube-api-burst", "2000")];
+
 /// Writes and nothing else, without the control plane's own: so that a test can count what one user wrote.
 const AUDIT_POLICY: &str = "apiVersion: audit.k8s.io/v1
 kind: Policy
@@ -105,10 +109,14 @@ pub fn plan(slot: Slot, state: &Path) -> Plan {
         ("use-service-account-credentials", "true"),
         ("leader-elect", "false"),
         ("profiling", "false"),
+        UNTHROTTLED[0],
+        UNTHROTTLED[1],
     ]);
     let scheduler = flags(&[
         ("kubeconfig", &pki.kubeconfig("scheduler")),
         ("bind-address", "127.0.0.1"),
+        UNTHROTTLED[0],
+        UNTHROTTLED[1],
         ("leader-elect", "false"),
         ("profiling", "false"),
     ]);
