@@ -16,6 +16,7 @@ pub mod namespace;
 pub mod neighbours;
 pub mod operator;
 pub mod run;
+pub mod small;
 pub mod strata;
 pub mod wait;
 

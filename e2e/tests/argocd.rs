@@ -1,20 +1,19 @@
 //! The real Argo CD and Strata: what it judges healthy, and that the two do not work against each other.
 
-use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use serde_json::{Value, json};
+use serde_json::Value;
 use strata_api::{AlignmentJob, Dataset, InferenceService, PretrainJob};
 use strata_e2e::argocd::{self, ArgoCd, resource};
 use strata_e2e::strata::ready;
-use strata_e2e::{Context, audit, install, run, wait, with_temp_ns};
+use strata_e2e::{Context, audit, install, small, wait, with_temp_ns};
 
 const DEADLINE: Duration = Duration::from_secs(300);
 /// The whole life of a small model.
 const LIFE: Duration = Duration::from_secs(600);
 
-/// Words, a model of them, what people prefer, the aligned model, the service: one commit, in no order.
+/// They hold the artifacts, so they stay whatever git drops.
 const CLAIMS: &str = "
 apiVersion: v1
 kind: PersistentVolumeClaim
@@ -26,71 +25,6 @@ kind: PersistentVolumeClaim
 metadata: {name: artifacts, annotations: {argocd.argoproj.io/sync-options: 'Prune=false,Delete=false'}}
 spec: {accessModes: [ReadWriteOnce], storageClassName: '', resources: {requests: {storage: 1Gi}}}
 ";
-const PREFERENCES: &str = "
-apiVersion: strata.dev/v1alpha1
-kind: Dataset
-metadata: {name: preferences}
-spec:
-  task: Preference
-  retries: 0
-  storage: {uri: 'pvc://artifacts'}
-  sources: [{name: pairs, preferences: {uri: 'pvc://raw/pairs.jsonl'}}]
-  split: {heldOutPercent: 30}
-";
-
-/// With room for a question and its answer.
-fn words() -> String {
-    run::WORDS.replace("lengthTokens: 32", "lengthTokens: 256")
-}
-
-fn model(name: &str) -> String {
-    run::pretrain(name, 4096).replace("contextTokens: 32", "contextTokens: 256")
-}
-
-fn alignment(rate: &str) -> String {
-    format!(
-        "
-apiVersion: strata.dev/v1alpha1
-kind: AlignmentJob
-metadata: {{name: chat}}
-spec:
-  storage: {{uri: 'pvc://artifacts'}}
-  base: {{pretrainJob: {{name: tiny}}}}
-  method: {{dpo: {{beta: '0.1'}}}}
-  adapter: {{lora: {{rank: 4}}}}
-  datasets: [{{name: preferences}}]
-  training: {{pairs: 16, maxPairTokens: 128, batchPairs: 4, learningRate: '{rate}'}}
-  evaluate: {{heldOutPairs: 8}}
-"
-    )
-}
-
-fn service(digest: &str) -> String {
-    let digest = match digest {
-        "" => String::new(),
-        digest => format!(", digest: '{digest}'"),
-    };
-    format!(
-        "
-apiVersion: strata.dev/v1alpha1
-kind: InferenceService
-metadata: {{name: chat}}
-spec:
-  storage: {{uri: 'pvc://artifacts'}}
-  model: {{alignmentJob: {{name: chat{digest}}}}}
-  kvCache: {{memory: 16Mi}}
-"
-    )
-}
-
-fn pairs() -> String {
-    let pair = |number: u32| {
-        let text = |said: &str| format!("\n\nHuman: What is {number}?\n\nAssistant: {said}");
-        json!({"chosen": text("It is a word that repeats."), "rejected": text("No.")}).to_string()
-    };
-    (0..64).map(|number| pair(number) + "\n").collect()
-}
-
 /// With Argo CD's own program; `health.rs` has every reason, in `make test`.
 #[test]
 fn argo_cd_judges_the_fixtures_as_they_say() -> Result<()> {
@@ -108,17 +42,16 @@ async fn argo_cd_and_the_operator_keep_one_model_together() {
         install::once(&context.bed)?;
         let raw = context.volume("raw", "1Gi", None).await?.path()?;
         context.volume("artifacts", "1Gi", None).await?;
-        fs::write(raw.join("words.txt"), run::text())?;
-        fs::write(raw.join("pairs.jsonl"), pairs())?;
+        small::fill(&raw)?;
         let argo = ArgoCd::start(&context.bed, &context.client).await?;
         argo.commit(
             "a whole life at once",
             &[
-                ("service.yaml", Some(&service(""))),
-                ("alignment.yaml", Some(&alignment("1e-3"))),
-                ("preferences.yaml", Some(PREFERENCES)),
-                ("tiny.yaml", Some(&model("tiny"))),
-                ("words.yaml", Some(&words())),
+                ("service.yaml", Some(&small::service(None))),
+                ("alignment.yaml", Some(&small::alignment("1e-3"))),
+                ("preferences.yaml", Some(small::PREFERENCES)),
+                ("tiny.yaml", Some(&small::model("tiny"))),
+                ("words.yaml", Some(&small::words())),
                 ("claims.yaml", Some(CLAIMS)),
             ],
         )?;
@@ -251,10 +184,10 @@ async fn what_git_suspends_or_breaks_is_seen_and_what_it_drops_is_pruned(
     context: &Context,
     argo: &ArgoCd,
 ) -> Result<()> {
-    let broken = run::WORDS
+    let broken = small::words()
         .replace("name: words}", "name: broken}")
         .replace("words.txt", "nothing.txt");
-    let paused = model("paused").replace("spec:\n", "spec:\n  suspend: true\n");
+    let paused = small::model("paused").replace("spec:\n", "spec:\n  suspend: true\n");
     argo.commit(
         "one broken, one suspended",
         &[("broken.yaml", Some(&broken)), ("paused.yaml", Some(&paused))],
@@ -283,9 +216,9 @@ async fn a_promotion_is_a_commit(context: &Context, argo: &ArgoCd) -> Result<()>
             .and_then(|status| Some(status.artifact.as_ref()?.digest.clone()))
     };
     let first = published(&context.api::<AlignmentJob>().get("chat").await?).context("a digest")?;
-    argo.commit("pinned", &[("service.yaml", Some(&service(&first)))])?;
+    argo.commit("pinned", &[("service.yaml", Some(&small::service(Some(&first))))])?;
     argo.refresh().await?;
-    let again = alignment("2e-3");
+    let again = small::alignment("2e-3");
     argo.commit("aligned otherwise", &[("alignment.yaml", Some(&again))])?;
     argo.refresh().await?;
     let other = |job: Option<&AlignmentJob>| job.and_then(published).is_some_and(|digest| digest != first);
@@ -303,7 +236,7 @@ async fn a_promotion_is_a_commit(context: &Context, argo: &ArgoCd) -> Result<()>
         "what is pinned is served: {:?}",
         service_now.status
     );
-    argo.commit("promoted", &[("service.yaml", Some(&service(&second)))])?;
+    argo.commit("promoted", &[("service.yaml", Some(&small::service(Some(&second))))])?;
     argo.refresh().await?;
     let promoted = |service: Option<&InferenceService>| service.and_then(read).as_ref() == Some(&second);
     wait::until(

@@ -48,7 +48,7 @@ async fn one_model_lives_its_whole_life() {
         bard_survives_the_loss_of_its_pod(&context, &artifacts).await?;
         assistant_is_aligned_within_its_gates(&context, &artifacts).await?;
         the_service_answers_with_what_was_judged(&context, &artifacts).await?;
-        the_plugin_shows_the_life_and_talks(&context).await?;
+        the_plugin_shows_where_it_comes_from_and_talks(&context).await?;
         preferences_stay_private(&context, &raw).await?;
         quiet_when_all_is_done(&context).await
     })
@@ -110,11 +110,6 @@ async fn bard_survives_the_loss_of_its_pod(context: &Context, artifacts: &Path) 
         Ok((!run::checkpoints(&folder).is_empty()).then_some(()))
     })
     .await?;
-    let said = strata::run(context, &["logs", "pj/bard", "--tail", "1"]).await?;
-    ensure!(
-        said.lines().count() == 1,
-        "the last line of the running attempt: {said}"
-    );
     let pods = context.api::<Pod>();
     let labels = ListParams::default().labels("strata.dev/kind=PretrainJob,strata.dev/name=bard");
     let pod = pods.list(&labels).await?.items.pop().context("bard's pod")?;
@@ -235,8 +230,8 @@ async fn the_service_answers_with_what_was_judged(context: &Context, artifacts: 
     Ok(())
 }
 
-/// What `kubectl strata` says of the life, from its end.
-async fn the_plugin_shows_the_life_and_talks(context: &Context) -> Result<()> {
+/// As the demo asks them.
+async fn the_plugin_shows_where_it_comes_from_and_talks(context: &Context) -> Result<()> {
     let lineage = strata::run(context, &["lineage", "inferenceservice/assistant"]).await?;
     for word in [
         "AlignmentJob/assistant",
@@ -247,31 +242,6 @@ async fn the_plugin_shows_the_life_and_talks(context: &Context) -> Result<()> {
     ] {
         ensure!(lineage.contains(word), "{word} is missing in the lineage:\n{lineage}");
     }
-    let rows: Value = serde_json::from_str(&strata::run(context, &["status", "--output", "json"]).await?)?;
-    let rows = rows.as_array().context("a list")?;
-    let service = rows.iter().find(|row| row["resource"] == "InferenceService/assistant");
-    let service = service.with_context(|| format!("no service in {rows:?}"))?;
-    ensure!(service["ready"] == "True" && service["readyReplicas"] == 2, "{service}");
-    ensure!(
-        rows.iter().all(|row| row["blocks"] == json!([])),
-        "nothing waits any more: {rows:?}"
-    );
-    let tree = strata::run(context, &["status", "isvc/assistant"]).await?;
-    for words in [
-        "2/2 pods",
-        "└─ AlignmentJob/assistant",
-        "   ├─ Dataset/plays",
-        "   └─ Dataset/preferences",
-    ] {
-        ensure!(tree.contains(words), "no {words:?} in\n{tree}");
-    }
-
-    let aligned = strata::run(context, &["logs", "alignmentjob/assistant"]).await?;
-    ensure!(aligned.contains("rewardMargin"), "the log of the alignment: {aligned}");
-    let served = strata::run(context, &["logs", "isvc/assistant", "--tail", "1"]).await?;
-    let pods: BTreeSet<_> = served.lines().filter_map(|line| line.split(']').next()).collect();
-    ensure!(pods.len() == 2, "a line of each serving pod, with its name: {served}");
-
     let question = "Give me three short tips for being a good neighbour.";
     let ask = [
         "chat",
@@ -288,17 +258,6 @@ async fn the_plugin_shows_the_life_and_talks(context: &Context) -> Result<()> {
         answer.to_lowercase().contains("neighbo"),
         "the model that was made answers: {answer}"
     );
-    for (arguments, remedy) in [
-        (["logs", "alignmentjob/nobody"], "there is AlignmentJob/assistant"),
-        (["chat", "pj/bard"], "only an InferenceService"),
-    ] {
-        let said = strata::run(context, &arguments)
-            .await
-            .err()
-            .context("it is refused")?
-            .to_string();
-        ensure!(said.contains(remedy), "{arguments:?}: {said}");
-    }
     Ok(())
 }
 
