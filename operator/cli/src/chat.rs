@@ -134,8 +134,8 @@ impl Talk<'_> {
             .endpoint
             .stream(&body, self.arguments.api_key.as_deref(), output::print)
             .await;
-        output::print("\n")?;
         self.said.push(json!({"role": "assistant", "content": answer?}));
+        output::print("\n")?;
         Ok(())
     }
 }
