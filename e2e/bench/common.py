@@ -48,9 +48,14 @@ def made(path, make):
     return path
 
 
+def shipped_model(programs):
+    """SmolLM2-135M-Instruct as it is shipped."""
+    return Path(output(programs / "bed", "model").strip())
+
+
 def models(programs, peer, synth=True):
     """SmolLM2-135M-Instruct as it is shipped and in the peer's other formats, and a large model of no sense."""
-    shipped = Path(output(programs / "bed", "model").strip())
+    shipped = shipped_model(programs)
     folder = CACHE / "bench"
 
     def quantized(name, source, to):

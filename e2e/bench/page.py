@@ -16,7 +16,7 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 320, 64, 110, 36, 48
 WANTED = {
     "decode_ratio": "≥ 1.8", "decode_ratio_q4_1": "≥ 2.0", "prefill_ratio": "≥ 2.0", "prefill_ratio_q4_1": "≥ 4.5", "clients8_ratio": "≥ 2.5",
     "clients8_ratio_q4_1": "≥ 4", "best_ratio": "≥ 1.5", "prefix_ttft_ratio": "≤ 0.5", "bandwidth_share": "≥ 0.6", "vnni_share": "",
-    "ready_seconds": "≤ 1", "rss_ratio": "≤ 1.0",
+    "ready_seconds": "≤ 1", "rss_ratio": "≤ 1.0", "replicas_ratio": "≥ 0.85",
 }
 
 

@@ -1,6 +1,7 @@
 """How fast the serving engine is, beside a llama.cpp compiled for this machine: the same files, the same threads, in turns.
 
-    serve.py PROGRAMS OUT.json      PROGRAMS: cargo's folder with strata-runtime, bed and examples/
+    serve.py PROGRAMS OUT.json              PROGRAMS: cargo's folder with strata-runtime, bed and examples/
+    serve.py PROGRAMS OUT.json replicas     only two replicas beside one, which needs no peer
 
 OUT gets everything that was measured; the last line on stdout is the summary, one JSON object. BENCH_QUICK=1 measures
 fewer rounds (about 3 minutes instead of 15). Every figure of the peer is the better of flash attention on and off.
@@ -23,6 +24,7 @@ ROUNDS = 1 if QUICK else 3
 SYNTH = ["q4_0", "q4_k_m"] if QUICK else ["q8_0", "q4_0", "q4_k_m", "q6_k"]
 CLIENTS, PROMPT, ANSWER, CONTEXT = 8, 128, 64, 256
 PREFIX, REST = 512, 16
+REPLICA_ROUNDS = 3 if QUICK else 7
 CONCURRENCY = [] if QUICK else [1, 2, 4, 8, 16, 32]
 DEPTHS = {"0": "decode", "512": "decode_depth_512"}
 
@@ -133,6 +135,26 @@ def concurrency(programs, peer, model, generator):
     return curve
 
 
+def replicas(programs, model, generator):
+    """Tokens a second of one server with 8 clients, and of two servers on the same processors with 4 each, together."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    def load(servers):
+        prompts = [[random_prompt(generator, PROMPT) for _ in range(CLIENTS // len(servers))] for _ in servers]
+        begin = time.monotonic()
+        with ThreadPoolExecutor(len(servers)) as threads:
+            list(threads.map(lambda server, prompts: server.clients(prompts, ANSWER), servers, prompts))
+        return CLIENTS * ANSWER / (time.monotonic() - begin)
+
+    stack, servers = started({name: common.ours(programs, model, CLIENTS, CONTEXT) for name in ["one", "another"]})
+    with stack:
+        both = list(servers.values())
+        rounds = alternate(REPLICA_ROUNDS, {"one": lambda: load(both[:1]), "two": lambda: load(both)})
+    result = {f"{name}_tokens_per_second": median(values) for name, values in rounds.items()}
+    # Of each round by itself: what disturbs the machine disturbs both.
+    return result | {"ratio": median([two / one for one, two in zip(rounds["one"], rounds["two"])])}
+
+
 def forget(path):
     """Drops a file from the page cache."""
     with open(path, "rb") as file:
@@ -196,12 +218,18 @@ def summary(results):
         "clients8_ratio": clients[0], "clients8_ratio_q4_1": clients[1], "best_ratio": min(best(key) for key in DEPTHS.values()),
         "prefix_ttft_ratio": prefix, "bandwidth_share": bandwidth, "vnni_share": products,
         "ready_seconds": max(one["ready"]["warm"] for one in formats.values()), "rss_ratio": resident,
+        "replicas_ratio": results["replicas"]["ratio"],
     }
     return {name: value if value is None else round(value, 3) for name, value in figures.items()}
 
 
 def main():
     programs, out = Path(sys.argv[1]).resolve(), Path(sys.argv[2])
+    if sys.argv[3:] == ["replicas"]:
+        result = replicas(programs, common.shipped_model(programs), common.generator())
+        out.write_text(json.dumps(result, indent=1) + "\n")
+        print(json.dumps(result))
+        return
     peer = common.peer_programs()
     smollm, synth = common.models(programs, peer)
     generator, begin = common.generator(), time.monotonic()
@@ -226,6 +254,8 @@ def main():
             # A type of numbers that the engine does not have is refused; what it has is measured.
             results["synth-1b"][name] = {"skipped": f"{Path(error.cmd[0]).name} ended with status {error.returncode}"}
             say(f"synth-1b {name}: skipped, see above")
+    say("two replicas")
+    results["replicas"] = replicas(programs, smollm["q4_1"], generator)
     if CONCURRENCY:
         say(f"1 to {max(CONCURRENCY)} clients")
         results["concurrency"] = concurrency(programs, peer, smollm["q4_1"], generator)

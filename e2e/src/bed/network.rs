@@ -12,6 +12,8 @@ use crate::bed::slot::Slot;
 /// # Errors
 /// The machine has no source of randomness, or the like.
 pub fn http() -> Result<reqwest::Client> {
+    // Also for plain HTTP, since reqwest has TLS in this workspace. Somebody else in this process may have been first.
+    let _ = tokio_rustls::rustls::crypto::ring::default_provider().install_default();
     let client = reqwest::Client::builder().no_proxy().build();
     client.context("cannot make an HTTP client")
 }

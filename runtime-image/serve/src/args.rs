@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{Args, ValueEnum};
+use serde::Deserialize;
 use strata_kernels::infer::KvDtype;
 
 use crate::engine::Speculation;
@@ -63,23 +64,34 @@ impl fmt::Debug for ApiKey {
     }
 }
 
-/// An adapter and its name.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// An adapter and its name: `NAME=PATH`, or vLLM's JSON.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct LoraModule {
-    pub(crate) name: String,
-    pub(crate) path: PathBuf,
+    /// What requests call it.
+    pub name: String,
+    /// The folder that PEFT wrote, or a URI of where it is.
+    pub path: PathBuf,
+    /// With a URI: the digest that its artifact must have.
+    pub digest: Option<String>,
 }
 
 impl FromStr for LoraModule {
-    type Err = &'static str;
+    type Err = String;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        match text.split_once('=') {
-            Some((name, path)) if !name.is_empty() && !path.is_empty() => Ok(LoraModule {
+        let module = match text.split_once('=') {
+            _ if text.starts_with('{') => serde_json::from_str(text).map_err(|error| error.to_string())?,
+            Some((name, path)) => LoraModule {
                 name: name.to_owned(),
                 path: path.into(),
-            }),
-            _ => Err("write NAME=PATH"),
+                digest: None,
+            },
+            None => return Err("write NAME=PATH, or {\"name\": NAME, \"path\": PATH}".to_owned()),
+        };
+        match module.name.is_empty() || module.path.as_os_str().is_empty() {
+            true => Err("neither name nor path may be empty".to_owned()),
+            false => Ok(module),
         }
     }
 }
@@ -154,19 +166,26 @@ pub struct ServeArgs {
     /// Accept LoRA adapters.
     #[arg(long)]
     pub enable_lora: bool,
-    /// Adapters to load at the start, each as NAME=PATH of a folder that PEFT wrote.
+    /// Adapters to load at the start, each as NAME=PATH of a folder that PEFT wrote, or as {"name": NAME, "path": PATH}.
     #[arg(long, num_args = 1.., requires = "enable_lora")]
     pub lora_modules: Vec<LoraModule>,
     /// The most adapters in memory; those that were unloaded count until their last request ends.
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub max_loras: u32,
     /// The highest rank of an adapter.
-    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=512))]
+    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub max_lora_rank: u32,
     /// Let clients load adapters from any path that the server may read, and unload them. VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 says
     /// the same.
     #[arg(long, requires = "enable_lora")]
     pub enable_lora_updates: bool,
+    /// Connections at once; more wait until one ends.
+    #[arg(long, default_value_t = 2048, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    pub max_connections: u32,
+    /// Seconds that a client gets to send the headers of a request, from the connection or the answer before on; then the
+    /// connection is closed.
+    #[arg(long, default_value_t = 75, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub header_timeout: u64,
     /// Seconds that a client gets to send the body of a request.
     #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub body_timeout: u64,

@@ -75,6 +75,8 @@ pub struct Submission {
     pub adapter: Option<Arc<Adapter>>,
     /// Report each token's log-probability and that many alternatives.
     pub log_probs: Option<usize>,
+    /// The same of the prompt's tokens, before any token of the answer. Nothing of the prompt then comes from the prefix cache.
+    pub prompt_log_probs: Option<usize>,
 }
 
 /// The salt of several parts, as a tenant's and an adapter's: two are equal only if all parts are. Without any part it is the
@@ -123,6 +125,15 @@ pub struct Usage {
 /// What happens to a request.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
+    /// The prompt was computed; only where its log-probabilities were asked for.
+    Prompt {
+        /// The first answer; the others have the same prompt.
+        choice: usize,
+        /// The first token: nothing says how likely it is.
+        first: u32,
+        /// The others, each with its alternatives.
+        log_probs: Vec<(TokenProb, Vec<TokenProb>)>,
+    },
     /// A token was generated.
     Token {
         /// For which answer.
@@ -224,7 +235,8 @@ impl Engine {
         if taken.is_err() {
             return Err(self.busy());
         }
-        let (events, receiver) = mpsc::channel(choices * (submission.max_tokens + 1));
+        let of_prompt = usize::from(submission.prompt_log_probs.is_some());
+        let (events, receiver) = mpsc::channel(of_prompt + choices * (submission.max_tokens + 1));
         let command = Command {
             submission,
             events,

@@ -14,6 +14,7 @@ mod lora;
 mod openapi;
 mod other;
 mod prepare;
+mod request_id;
 mod respond;
 mod responses;
 mod routes;
@@ -26,7 +27,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, MatchedPath, Request, State as Extract};
-use axum::middleware::{Next, from_fn_with_state, map_response_with_state};
+use axum::middleware::{Next, from_fn, from_fn_with_state, map_response_with_state};
 use axum::response::Response;
 use strata_model::{ChatTemplate, GenerationConfig, ModelConfig, Vocabulary};
 
@@ -292,5 +293,6 @@ pub(crate) fn router(state: Arc<State>) -> Router {
         .layer(from_fn_with_state(state.clone(), auth::check))
         .layer(map_response_with_state(state.clone(), close_when_leaving))
         .layer(from_fn_with_state(state.clone(), count))
+        .layer(from_fn(request_id::name))
         .with_state(state)
 }

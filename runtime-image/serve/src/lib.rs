@@ -7,6 +7,7 @@
 
 mod adapters;
 mod args;
+mod connections;
 pub mod engine;
 mod error;
 mod http;

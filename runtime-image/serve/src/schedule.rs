@@ -69,17 +69,20 @@ pub struct NewRequest {
     pub priority: i64,
     /// The most tokens that are drafted ahead of a step.
     pub drafts: usize,
+    /// Every token of the prompt is computed, whatever the prefix cache has.
+    pub whole_prompt: bool,
 }
 
 impl NewRequest {
-    /// One choice, no salt, nothing drafted, of the client 0.
+    /// One choice, no salt, nothing drafted, of no client in particular.
     pub fn new(prompt: Vec<u32>, max_total: usize) -> Self {
         NewRequest {
             prompt,
             max_total,
             choices: 1,
             salt: Arc::from([]),
-            client: 0,
+            client: ClientId::default(),
+            whole_prompt: false,
             priority: 0,
             drafts: 0,
         }
@@ -134,6 +137,8 @@ struct Request {
     priority: i64,
     order: Order,
     drafts: usize,
+    /// Every token of the prompt is computed, whatever the prefix cache has.
+    whole_prompt: bool,
     /// Tokens whose keys and values are in the cache.
     computed: usize,
     /// Prompt tokens that its client was charged for: computing them again is not its fault.
@@ -192,6 +197,7 @@ impl Scheduler {
             priority,
             order: self.clients.arrive(new.client, priority, id),
             drafts: new.drafts,
+            whole_prompt: new.whole_prompt,
             computed: 0,
             charged: 0,
             table: Vec::new(),

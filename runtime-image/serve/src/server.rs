@@ -11,8 +11,6 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use axum::Router;
-use axum::serve::{Listener, ListenerExt};
 use strata_kernels::cgroup::memory_limit_bytes;
 use strata_model::bert::Bert;
 use strata_model::{LoadedModel, ModelConfig};
@@ -22,6 +20,7 @@ use tokio::sync::{oneshot, watch};
 
 use crate::adapters::{AdapterError, Adapters};
 use crate::args::{LoraModule, ServeArgs};
+use crate::connections::{self, Bounds};
 #[cfg(feature = "cuda")]
 use crate::engine::candle::CandleExecutor;
 use crate::engine::encoder::{Embedder, Encoder};
@@ -31,7 +30,7 @@ use crate::error::ServeError;
 use crate::http::{self, Admission, Embeds, Keys, Loaded, ResponseStore, Served, State};
 use crate::metrics::Metrics;
 use crate::schedule::Limits;
-use crate::tls::{self, TlsListener};
+use crate::tls;
 
 /// How long connections get to close after the last request ended.
 const CLOSE: Duration = Duration::from_secs(3);
@@ -43,7 +42,7 @@ pub struct Server {
     address: SocketAddr,
     state: Arc<State>,
     stop: watch::Sender<bool>,
-    serving: tokio::task::JoinHandle<std::io::Result<()>>,
+    serving: tokio::task::JoinHandle<()>,
     loading: tokio::task::JoinHandle<Result<oneshot::Receiver<()>, ServeError>>,
     delay: Duration,
     timeout: Duration,
@@ -86,18 +85,11 @@ impl Server {
         let state = Arc::new(State::new(admission, keys));
         let (stop, stopped) = watch::channel(false);
         let router = http::router(state.clone());
-        let serving = match certificate {
-            Some(certificate) => tokio::spawn(serve(
-                TlsListener::start(listener, address, certificate),
-                router,
-                stopped,
-            )),
-            None => {
-                // A token is sent as soon as it is there, not when a packet is full.
-                let listener = listener.tap_io(|stream| drop(stream.set_nodelay(true)));
-                tokio::spawn(serve(listener, router, stopped))
-            }
+        let bounds = Bounds {
+            most: args.max_connections as usize,
+            headers: Duration::from_secs(args.header_timeout),
         };
+        let serving = tokio::spawn(connections::serve(listener, certificate, router, bounds, stopped));
         let delay = Duration::from_secs(args.shutdown_delay);
         let timeout = Duration::from_secs(args.shutdown_timeout);
         let loading = tokio::task::spawn_blocking({
@@ -169,19 +161,6 @@ impl Server {
         tracing::info!("stopped");
         Ok(())
     }
-}
-
-async fn serve(
-    listener: impl Listener<Addr: std::fmt::Debug>,
-    router: Router,
-    mut stopped: watch::Receiver<bool>,
-) -> std::io::Result<()> {
-    axum::serve(listener, router)
-        .with_graceful_shutdown(async move {
-            // An error means that the server itself is gone.
-            let _ = stopped.wait_for(|stop| *stop).await;
-        })
-        .await
 }
 
 /// Loads the model for what its architecture says that it does.
@@ -292,7 +271,7 @@ fn load_generator(args: &ServeArgs) -> Result<(Served, oneshot::Receiver<()>), S
     let forms = Forms::new(model.vocabulary.clone(), model.config.vocab_size, eos);
     let most = if args.enable_lora { args.max_loras as usize } else { 0 };
     let adapters = Adapters::new(&model.config, &names, most, args.max_lora_rank as usize);
-    for LoraModule { name, path } in &args.lora_modules {
+    for LoraModule { name, path, .. } in &args.lora_modules {
         adapters.load(name, path).map_err(|error| match error {
             AdapterError::Model(error) => ServeError::Model(error),
             other => ServeError::Arguments(format!("--lora-modules: {other}")),

@@ -256,6 +256,8 @@ impl Target {
                 let server = runtime.block_on(Server::start(arguments))?;
                 let url = format!("http://{}", server.address());
                 runtime.spawn(server.run_until(std::future::pending()));
+                // Also for plain HTTP, since reqwest has TLS in this workspace.
+                let _ = tokio_rustls::rustls::crypto::ring::default_provider().install_default();
                 let client = reqwest::Client::new();
                 let ready = async {
                     while !client.get(format!("{url}/ready")).send().await?.status().is_success() {

@@ -1,6 +1,7 @@
 //! One client: again and again one of the things that clients do, good and bad, and whether the server took it well.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -12,6 +13,8 @@ use crate::Failure;
 
 /// Longer than any answer takes while all the others are served too: later, it counts as not answered.
 const ANSWER: Duration = Duration::from_secs(120);
+/// The model's name.
+const MODEL: &str = "tiny";
 const SLOW: Duration = Duration::from_millis(20);
 /// The first failures; more say nothing new.
 const MAX_FAILURES: usize = 10;
@@ -52,8 +55,23 @@ impl Tally {
 pub(crate) struct Client {
     http: reqwest::Client,
     url: String,
+    /// Folders of adapters.
+    adapters: Vec<PathBuf>,
     random: u64,
     tally: Arc<Tally>,
+}
+
+/// What a chat asks for.
+struct Asked {
+    model: String,
+    tokens: u64,
+}
+
+impl Asked {
+    /// An adapter may have been unloaded; the model never is.
+    fn missing(&self) -> Option<StatusCode> {
+        (self.model != MODEL).then_some(StatusCode::NOT_FOUND)
+    }
 }
 
 /// What is done, and how often in relation to the others.
@@ -70,10 +88,11 @@ enum Deed {
     OversizedPrompt,
     OversizedBody,
     CutBody,
+    Swap,
     Look,
 }
 
-const DEEDS: [(Deed, u64); 12] = [
+const DEEDS: [(Deed, u64); 13] = [
     (Deed::Ask, 6),
     (Deed::Stream, 6),
     (Deed::Several, 3),
@@ -85,14 +104,16 @@ const DEEDS: [(Deed, u64); 12] = [
     (Deed::OversizedPrompt, 1),
     (Deed::OversizedBody, 1),
     (Deed::CutBody, 1),
+    (Deed::Swap, 2),
     (Deed::Look, 2),
 ];
 
 impl Client {
-    pub(crate) fn new(url: &str, seed: u64, tally: Arc<Tally>) -> Self {
+    pub(crate) fn new(url: &str, adapters: Vec<PathBuf>, seed: u64, tally: Arc<Tally>) -> Self {
         Client {
             http: reqwest::Client::new(),
             url: url.to_owned(),
+            adapters,
             random: seed,
             tally,
         }
@@ -132,7 +153,7 @@ impl Client {
     }
 
     /// A chat of random length; some share their beginning.
-    fn chat(&mut self, more: Value) -> (Value, u64) {
+    fn chat(&mut self, more: Value) -> (Value, Asked) {
         let tokens = 1 + self.below(48);
         let shared =
             "A beginning that many conversations share, long enough for some blocks. ".repeat(self.below(3) as usize);
@@ -140,14 +161,23 @@ impl Client {
             .map(|_| char::from_u32(0x20 + self.below(0x500) as u32).unwrap_or('ü'))
             .collect();
         let temperature = self.below(3) as f64 / 2.0;
+        let model = match self.below(4) {
+            0 => self.adapter(),
+            _ => MODEL.to_owned(),
+        };
         let mut body = json!({
-            "model": "tiny", "messages": [{ "role": "user", "content": shared + &own }], "max_tokens": tokens,
+            "model": model, "messages": [{ "role": "user", "content": shared + &own }], "max_tokens": tokens,
             "temperature": temperature, "ignore_eos": true,
         });
         if let (Some(body), Value::Object(more)) = (body.as_object_mut(), more) {
             body.extend(more);
         }
-        (body, tokens)
+        (body, Asked { model, tokens })
+    }
+
+    /// A name of an adapter, which may be loaded or not.
+    fn adapter(&mut self) -> String {
+        format!("adapter-{}", self.below(self.adapters.len() as u64))
     }
 
     async fn post(&self, path: &str, body: impl Into<reqwest::Body>) -> Result<Response, Failure> {
@@ -158,18 +188,18 @@ impl Client {
         match deed {
             Deed::Ask => {
                 let logprobs = self.below(2) == 0;
-                let (body, tokens) = self.chat(json!({ "logprobs": logprobs }));
+                let (body, asked) = self.chat(json!({ "logprobs": logprobs }));
                 let answer = self.post("/v1/chat/completions", body.to_string()).await?;
-                whole(answer, tokens, 1).await
+                whole(answer, &asked, 1).await
             }
             Deed::Several => {
                 let n = 2 + self.below(3);
-                let (body, tokens) = self.chat(json!({ "n": n }));
+                let (body, asked) = self.chat(json!({ "n": n }));
                 let answer = self.post("/v1/chat/completions", body.to_string()).await?;
-                whole(answer, tokens, n).await
+                whole(answer, &asked, n).await
             }
             Deed::Stream | Deed::SlowStream | Deed::CancelStream => {
-                let (body, tokens) = self.chat(json!({ "stream": true, "stream_options": { "include_usage": true } }));
+                let (body, asked) = self.chat(json!({ "stream": true, "stream_options": { "include_usage": true } }));
                 let pieces = if let Deed::CancelStream = deed {
                     self.below(8)
                 } else {
@@ -181,13 +211,13 @@ impl Client {
                     Duration::ZERO
                 };
                 let answer = self.post("/v1/chat/completions", body.to_string()).await?;
-                stream(answer, tokens, pieces, pause).await
+                stream(answer, &asked, pieces, pause).await
             }
             Deed::CancelEarly => {
-                let (body, tokens) = self.chat(json!({}));
+                let (body, asked) = self.chat(json!({}));
                 let patience = Duration::from_millis(self.below(40));
                 match tokio::time::timeout(patience, self.post("/v1/chat/completions", body.to_string())).await {
-                    Ok(answer) => whole(answer?, tokens, 1).await,
+                    Ok(answer) => whole(answer?, &asked, 1).await,
                     Err(_) => Ok("cancelled before the answer"),
                 }
             }
@@ -218,7 +248,7 @@ impl Client {
                 let (body, _) = self.chat(wrong[which].clone());
                 refused(
                     self.post("/v1/chat/completions", body.to_string()).await?,
-                    &[StatusCode::BAD_REQUEST],
+                    &[StatusCode::BAD_REQUEST, StatusCode::NOT_FOUND],
                 )
                 .await
             }
@@ -252,6 +282,22 @@ impl Client {
                 match text.split_whitespace().nth(1) {
                     Some("408" | "429") => Ok("refused"),
                     _ => Err(format!("half a body got {text:?}").into()),
+                }
+            }
+            Deed::Swap => {
+                let (name, folder) = (self.adapter(), self.below(self.adapters.len() as u64) as usize);
+                let (path, body) = match self.below(2) {
+                    0 => ("/v1/unload_lora_adapter", json!({ "lora_name": name })),
+                    _ => {
+                        let body = json!({ "lora_name": name, "lora_path": self.adapters[folder] });
+                        ("/v1/load_lora_adapter", body)
+                    }
+                };
+                let answer = self.post(path, body.to_string()).await?;
+                match answer.status() {
+                    StatusCode::OK => Ok("swapped"),
+                    // The name is taken, or not there; or the server has as many as it takes.
+                    _ => refused(answer, &[StatusCode::BAD_REQUEST, StatusCode::NOT_FOUND]).await,
                 }
             }
             Deed::Look => {
@@ -289,26 +335,33 @@ async fn refused(answer: Response, statuses: &[StatusCode]) -> Result<&'static s
 }
 
 /// A whole answer of `n` choices, each with as many tokens as were asked for.
-async fn whole(answer: Response, tokens: u64, n: u64) -> Result<&'static str, Failure> {
+async fn whole(answer: Response, asked: &Asked, n: u64) -> Result<&'static str, Failure> {
     if answer.status() != StatusCode::OK {
         // More than one choice may be more than the server does; it says so.
-        let statuses: &[StatusCode] = if n > 1 { &[StatusCode::BAD_REQUEST] } else { &[] };
-        return refused(answer, statuses).await;
+        let several = (n > 1).then_some(StatusCode::BAD_REQUEST);
+        let statuses: Vec<StatusCode> = several.into_iter().chain(asked.missing()).collect();
+        return refused(answer, &statuses).await;
     }
+    let tokens = asked.tokens;
     let body: Value = serde_json::from_slice(&answer.bytes().await?)?;
     let choices = body["choices"].as_array().ok_or("an answer without choices")?;
     let complete = choices.iter().all(|choice| choice["finish_reason"] == "length");
-    if !complete || choices.len() as u64 != n || body["usage"]["completion_tokens"] != tokens * n {
+    if !complete
+        || body["model"] != *asked.model
+        || choices.len() as u64 != n
+        || body["usage"]["completion_tokens"] != tokens * n
+    {
         return Err(format!("asked for {n} × {tokens} tokens, got {body}").into());
     }
     Ok("answered")
 }
 
 /// A stream, read to its end or left after `pieces` pieces.
-async fn stream(mut answer: Response, tokens: u64, pieces: u64, pause: Duration) -> Result<&'static str, Failure> {
+async fn stream(mut answer: Response, asked: &Asked, pieces: u64, pause: Duration) -> Result<&'static str, Failure> {
     if answer.status() != StatusCode::OK {
-        return refused(answer, &[]).await;
+        return refused(answer, asked.missing().as_slice()).await;
     }
+    let tokens = asked.tokens;
     let mut bytes = Vec::new();
     let mut read = 0;
     while let Some(piece) = answer.chunk().await? {
@@ -328,7 +381,7 @@ async fn stream(mut answer: Response, tokens: u64, pieces: u64, pause: Duration)
         return Err(format!("a stream ends with {:?}", events.last()).into());
     }
     let last: Value = serde_json::from_str(events.last().ok_or("an empty stream")?)?;
-    if last["usage"]["completion_tokens"] != tokens {
+    if last["usage"]["completion_tokens"] != tokens || last["model"] != *asked.model {
         return Err(format!("asked for {tokens} tokens, got {last}").into());
     }
     Ok("answered")

@@ -1,8 +1,15 @@
-//! 64 clients that behave badly, for some minutes, against a server of a small random model on the loopback:
+//! 64 clients that behave badly and swap adapters, for some minutes, against a server of a small random model on the loopback:
 //! `soak STRATA_RUNTIME [MINUTES]`. Ends by itself; the last line is one JSON object, and the exit status says whether every
 //! accepted request was answered, no block was lost and the memory stayed flat.
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "the writer of adapters is shared with the tests, where an unwrap is an assertion"
+)]
+
 mod client;
+#[path = "../../tests/peft/mod.rs"]
+mod peft;
 mod server;
 
 use std::io::Write;
@@ -40,11 +47,13 @@ async fn main() -> Result<(), Failure> {
     if !(minutes > 0.0 && minutes <= 24.0 * 60.0) {
         return Err("the minutes must be more than 0, a day at most".into());
     }
+    // Also for plain HTTP, since reqwest has TLS in this workspace.
+    let _ = tokio_rustls::rustls::crypto::ring::default_provider().install_default();
     let mut server = Server::start(program.as_ref()).await?;
     let tally = Arc::new(Tally::default());
     let end = Instant::now() + Duration::from_secs_f64(minutes * 60.0);
     let clients: Vec<_> = (0..CLIENTS)
-        .map(|seed| tokio::spawn(Client::new(server.url(), seed, tally.clone()).run(end)))
+        .map(|seed| tokio::spawn(Client::new(server.url(), server.adapters(), seed, tally.clone()).run(end)))
         .collect();
     let mut memory = Vec::new();
     while Instant::now() < end {

@@ -1,6 +1,6 @@
-//! The server under test: a process of its own, so that its memory is its own.
+//! The server under test: a process of its own, so that its memory is its own; and the adapters that it is given.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
@@ -8,19 +8,22 @@ use strata_model::synthetic::{CHAT_TEMPLATE, byte_tokenizer, tiny_config, weight
 use strata_model::{Dtype, GenerationConfig, ModelConfig, hf};
 use tokio::process::{Child, Command};
 
-use crate::Failure;
+use crate::{Failure, peft};
 
 const START: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(50);
 /// Far fewer blocks than the running requests ask for, so that some lose theirs; a queue that overflows.
 const FLAGS: &str = "--max-num-seqs 16 --max-num-batched-tokens 256 --max-num-waiting 24 --kv-cache-memory-bytes 500000 \
-                     --enable-prefix-caching --body-timeout 2 --shutdown-delay 0";
+                     --enable-prefix-caching --body-timeout 2 --shutdown-delay 0 --enable-lora --enable-lora-updates --max-loras 3";
+/// Adapters to swap: more than the server takes at once.
+const ADAPTERS: usize = 5;
 
 pub(crate) struct Server {
     child: Child,
     url: String,
     client: reqwest::Client,
     _model: tempfile::TempDir,
+    adapters: Vec<tempfile::TempDir>,
 }
 
 /// What the server says of itself when nobody asks anything of it any more.
@@ -51,6 +54,12 @@ impl Server {
             generation: &generation,
         };
         hf::write(folder.path(), &files)?;
+        let adapters: Vec<tempfile::TempDir> = (0..ADAPTERS)
+            .map(|_| Ok(tempfile::tempdir()?))
+            .collect::<Result<_, Failure>>()?;
+        for (seed, folder) in adapters.iter().enumerate() {
+            peft::write(folder.path(), &config, seed as u64 + 1, 4, "all");
+        }
         // Freed at once; nobody else takes it in the meantime on a machine that is not full of servers.
         let port = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
         let child = Command::new(program)
@@ -66,6 +75,7 @@ impl Server {
             url: format!("http://127.0.0.1:{port}"),
             client: reqwest::Client::new(),
             _model: folder,
+            adapters,
         };
         let deadline = Instant::now() + START;
         loop {
@@ -85,6 +95,11 @@ impl Server {
 
     pub(crate) fn url(&self) -> &str {
         &self.url
+    }
+
+    /// Folders of the adapters.
+    pub(crate) fn adapters(&self) -> Vec<PathBuf> {
+        self.adapters.iter().map(|folder| folder.path().to_owned()).collect()
     }
 
     pub(crate) fn ended(&mut self) -> Result<Option<ExitStatus>, Failure> {

@@ -1,5 +1,6 @@
 //! One answer that is being generated: what decides its next token, and what has been given out of it.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 
@@ -22,6 +23,8 @@ pub(super) struct Active {
     constraint: Option<Constraint>,
     /// Of what was sampled.
     history: History,
+    /// Of the prompt's tokens but the first, as far as they were computed; absent where nobody asks for them, and once given out.
+    prompt: Option<Vec<(TokenProb, Vec<TokenProb>)>>,
     pub(super) events: mpsc::Sender<Event>,
     pub(super) answer: Answer,
     /// Tokens given out: fewer than sampled where a stop text ended the answer.
@@ -59,6 +62,7 @@ impl Active {
             history: History::new(&submission.prompt, &sampling),
             sampling,
             constraint: submission.constraint.clone(),
+            prompt: (choice == 0 && submission.prompt_log_probs.is_some()).then(Vec::new),
             events,
             answer: Answer::new(submission.stop.clone(), submission.show_stop, submission.show_special)
                 .after(vocabulary, submission.prompt.last().copied()),
@@ -101,6 +105,29 @@ impl Active {
     pub(super) fn guess(&self, logits: &[f32], ahead: usize) -> u32 {
         let adjusted = sample::adjusted(logits, &self.sampling, &self.history, None, &[]);
         sample::sample(&adjusted, &self.sampling, (self.history.count() + ahead) as u64)
+    }
+
+    /// Positions of the prompt's tokens whose log-probabilities are wanted and not known.
+    pub(super) fn unseen_prompt(&self) -> Range<usize> {
+        match &self.prompt {
+            Some(seen) => seen.len() + 1..self.submission.prompt.len(),
+            None => 0..0,
+        }
+    }
+
+    /// Takes the logits before the prompt's token at `position`.
+    pub(super) fn see_prompt(&mut self, position: usize, logits: &[f32]) {
+        let (Some(seen), Some(count)) = (&mut self.prompt, self.submission.prompt_log_probs) else {
+            return;
+        };
+        if position == seen.len() + 1 {
+            seen.push(sample::log_probs(logits, self.submission.prompt[position], count));
+        }
+    }
+
+    /// The prompt's log-probabilities, the first time.
+    pub(super) fn take_prompt(&mut self) -> Option<Vec<(TokenProb, Vec<TokenProb>)>> {
+        self.prompt.take()
     }
 
     /// Tokens sampled.

@@ -183,6 +183,7 @@ impl Runner {
             client: submission.client,
             priority: submission.priority,
             drafts: self.speculation.as_ref().map_or(0, |(_, drafts)| *drafts),
+            whole_prompt: submission.prompt_log_probs.is_some(),
             ..NewRequest::new(submission.prompt.clone(), most)
         };
         self.metrics.request(submission.choices, submission.max_tokens);
@@ -215,6 +216,8 @@ impl Runner {
         let mut pending: Vec<Pending> = Vec::new();
         // Which of them a row's logits are for.
         let mut owners: HashMap<usize, Range<usize>> = HashMap::new();
+        // The rows before tokens of prompts whose log-probabilities are wanted, with those tokens' positions.
+        let mut of_prompts: HashMap<usize, (RequestId, usize)> = HashMap::new();
         let now = Instant::now();
         for (work, drafts) in step.work.iter().zip(&mut drafts) {
             let request = self.active.get_mut(&work.id);
@@ -228,11 +231,19 @@ impl Runner {
             let table = batch.tables.len();
             batch.tables.push(self.scheduler.table(work.id).to_vec());
             batch.adapters.push(self.active[&work.id].submission.adapter.clone());
+            let unseen = self.active[&work.id].unseen_prompt();
+            let before = |i: &usize| unseen.contains(&(work.start + i + 1));
+            let row = batch.rows.len();
+            of_prompts.extend(
+                (0..work.count)
+                    .filter(before)
+                    .map(|i| (row + i, (work.id, work.start + i + 1))),
+            );
             batch.rows.extend(tokens.enumerate().map(|(i, token)| Row {
                 token: *token,
                 position: (work.start + i) as u32,
                 table,
-                logits: work.samples && i + 1 >= work.count,
+                logits: work.samples && i + 1 >= work.count || before(&i),
             }));
             if work.samples {
                 let at = pending.len();
@@ -245,7 +256,12 @@ impl Runner {
         }
         let active = &mut self.active;
         self.executor.forward(&batch, &mut |row, logits| {
-            for pending in &mut pending[owners[&row].clone()] {
+            if let Some((id, position)) = of_prompts.get(&row) {
+                let request = active.get_mut(id).expect("only active requests are computed");
+                request.see_prompt(*position, logits);
+            }
+            let Some(owners) = owners.get(&row) else { return };
+            for pending in &mut pending[owners.clone()] {
                 let request = active.get_mut(&pending.id).expect("only active requests are sampled");
                 pending.sample(request, logits);
             }
@@ -302,6 +318,15 @@ impl Runner {
         } = sampled;
         let request = self.active.get_mut(&id).expect("only active requests are sampled");
         request.count += 1;
+        if let Some(log_probs) = request.take_prompt() {
+            let (choice, first) = (request.choice, request.submission.prompt[0]);
+            // The channel has room for it; it is closed if the reader has gone, which the next event finds.
+            let _ = request.events.try_send(Event::Prompt {
+                choice,
+                first,
+                log_probs,
+            });
+        }
         // The choices share one prompt.
         let (prompt, cached) = match request.choice {
             0 => (request.submission.prompt.len(), self.scheduler.cached(id)),

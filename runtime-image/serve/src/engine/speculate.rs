@@ -37,8 +37,10 @@ pub enum Speculation {
     DraftModel {
         /// Tokens drafted at once.
         num_speculative_tokens: usize,
-        /// Hugging Face folder, GGUF file, or folder with one GGUF file.
+        /// Hugging Face folder, GGUF file, or folder with one GGUF file; or a URI of where it is.
         model: PathBuf,
+        /// With a URI: the digest that its artifact must have.
+        digest: Option<String>,
     },
 }
 

@@ -12,8 +12,7 @@ use serde_json::{Map, Value};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::error::ApiError;
-use super::prepare::client;
-use super::{State, Task, auth};
+use super::{State, Task};
 use crate::schedule::ClientId;
 
 /// The largest request body, in bytes.
@@ -48,8 +47,8 @@ impl Admission {
 pub(super) struct Admitted {
     body: Bytes,
     held: OwnedSemaphorePermit,
-    /// Who sent it, by the key that it presents.
-    pub(super) client: Option<ClientId>,
+    /// Who sent it.
+    pub(super) sender: ClientId,
     /// What counts instead of the model that the body names.
     model: Option<String>,
 }
@@ -60,7 +59,8 @@ impl FromRequest<Arc<State>> for Admitted {
     async fn from_request(request: Request, state: &Arc<State>) -> Result<Self, ApiError> {
         state.open()?;
         let admission = &state.admission;
-        let client = auth::presented(request.headers()).next().map(client);
+        // Said where the key was checked.
+        let sender = request.extensions().get::<ClientId>().copied().unwrap_or_default();
         // A body of unknown length may become the largest. A longer one is refused when it is read.
         let length = request.body().size_hint().upper().unwrap_or(u64::MAX);
         let count = length.clamp(MIN_HELD_BYTES as u64, MAX_BODY_BYTES as u64) as u32;
@@ -82,7 +82,7 @@ impl FromRequest<Arc<State>> for Admitted {
         Ok(Admitted {
             body,
             held,
-            client,
+            sender,
             model: None,
         })
     }

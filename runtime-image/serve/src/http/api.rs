@@ -82,6 +82,8 @@ pub(super) struct CompletionRequest {
     pub(super) prompt: Prompt,
     #[serde(default)]
     pub(super) echo: Option<bool>,
+    #[serde(default)]
+    pub(super) best_of: Option<i64>,
     #[serde(flatten)]
     pub(super) options: Options,
     #[serde(default)]

@@ -12,9 +12,11 @@ use subtle::{Choice, ConstantTimeEq};
 
 use super::State;
 use super::error::ApiError;
+use super::prepare::number;
 use crate::args::ApiKey;
 use crate::error::ServeError;
 use crate::reload::Reloaded;
+use crate::schedule::ClientId;
 
 /// What probes and collectors of metrics read; they have no key.
 pub(super) const OPEN: [&str; 4] = ["/health", "/ready", "/metrics", "/ping"];
@@ -53,7 +55,8 @@ impl Keys {
         Ok((!given.is_empty() || file.is_some()).then_some(Keys { given, file }))
     }
 
-    fn accepts(&self, headers: &HeaderMap) -> bool {
+    /// The key that is accepted, of those that are presented.
+    fn accepted<'a>(&self, headers: &'a HeaderMap) -> Option<&'a [u8]> {
         let from_file = self.file.as_ref().map(|file| file.get());
         let known = || self.given.iter().chain(from_file.iter().flat_map(|keys| keys.iter()));
         let one = |presented: &[u8]| {
@@ -61,7 +64,7 @@ impl Keys {
             let found = known().fold(Choice::from(0), |found, key| found | key.ct_eq(&presented));
             bool::from(found)
         };
-        presented(headers).any(one)
+        presented(headers).find(|key| one(key))
     }
 }
 
@@ -94,15 +97,21 @@ pub(super) fn presented(headers: &HeaderMap) -> impl Iterator<Item = &[u8]> {
         .chain(headers.get(AZURE_KEY).map(|value| value.as_bytes()))
 }
 
-/// Refuses who has no key, before anything of the body is read.
-pub(super) async fn check(Extract(state): Extract<Arc<State>>, request: Request, next: Next) -> Response {
+/// Refuses who has no key, before anything of the body is read, and says who sends the rest: who presents an accepted key is a
+/// tenant. Where nobody needs one, a key is only a name.
+pub(super) async fn check(Extract(state): Extract<Arc<State>>, mut request: Request, next: Next) -> Response {
+    let headers = request.headers();
+    let mut sender = ClientId::default();
     match &state.keys {
-        Some(keys) if !OPEN.contains(&request.uri().path()) && !keys.accepts(request.headers()) => {
-            let missing = presented(request.headers()).next().is_none();
-            ApiError::unauthorized(missing).into_response()
-        }
-        _ => next.run(request).await,
+        None => sender.user = presented(headers).next().map_or(0, number),
+        Some(keys) => match keys.accepted(headers) {
+            Some(key) => sender.tenant = number(key),
+            None if OPEN.contains(&request.uri().path()) => (),
+            None => return ApiError::unauthorized(presented(headers).next().is_none()).into_response(),
+        },
     }
+    request.extensions_mut().insert(sender);
+    next.run(request).await
 }
 
 #[cfg(test)]
@@ -116,7 +125,7 @@ mod tests {
         let accepts = |keys: &Keys, text: &str| {
             let mut headers = HeaderMap::new();
             headers.insert(AZURE_KEY, text.parse().expect("a header"));
-            keys.accepts(&headers)
+            keys.accepted(&headers).is_some()
         };
         assert!(Keys::new(&[], |_| None, None).await.expect("no file").is_none());
         assert!(

@@ -6,7 +6,7 @@ use std::task::Poll;
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
-use super::respond::{Frame, LogProbs, Shape};
+use super::respond::{Frame, LogProbs, PromptProbs, Shape};
 use super::tools::{Part, Reader};
 use crate::engine::{Event, FinishReason, Usage};
 
@@ -25,7 +25,9 @@ impl Events {
             for (i, receiver) in self.receivers.iter_mut().enumerate() {
                 match receiver.poll_recv(context) {
                     Poll::Ready(Some(mut event)) => {
-                        let (Event::Token { choice, .. } | Event::Finished { choice, .. }) = &mut event;
+                        let (Event::Prompt { choice, .. }
+                        | Event::Token { choice, .. }
+                        | Event::Finished { choice, .. }) = &mut event;
                         *choice += i * self.choices;
                         return Poll::Ready(Some(event));
                     }
@@ -73,6 +75,8 @@ pub(super) struct Choice {
     reader: Option<Reader>,
     pub(super) content: String,
     calls: Vec<Value>,
+    /// Of the prompt, where they are shown.
+    pub(super) prompt: Option<PromptProbs>,
     pub(super) log_probs: Vec<LogProbs>,
     pub(super) reason: Option<FinishReason>,
 }
@@ -83,6 +87,7 @@ impl Choice {
             reader,
             content: String::new(),
             calls: Vec::new(),
+            prompt: None,
             log_probs: Vec::new(),
             reason: None,
         }
@@ -105,9 +110,17 @@ impl Choice {
         }
     }
 
+    /// How likely a token of it is, on average: the logarithm of that. An answer without tokens is the least likely one.
+    pub(super) fn likelihood(&self) -> f32 {
+        match self.log_probs.len() {
+            0 => f32::NEG_INFINITY,
+            tokens => self.log_probs.iter().map(|(chosen, _)| chosen.log_prob).sum::<f32>() / tokens as f32,
+        }
+    }
+
     /// The choice as a whole response has it.
     pub(super) fn object(self, frame: &Frame, index: usize) -> Value {
-        let log_probs = frame.log_probs(index, &self.log_probs);
+        let log_probs = frame.log_probs(index, self.prompt.as_ref(), &self.log_probs);
         let reason = self.reason.map(|reason| reason_name(reason, !self.calls.is_empty()));
         if frame.shape == Shape::Completion {
             return json!({ "index": index, "text": self.content, "logprobs": log_probs, "finish_reason": reason });

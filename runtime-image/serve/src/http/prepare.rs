@@ -32,12 +32,24 @@ pub(super) struct Prepared {
     pub(super) submission: Submission,
     /// Those of further prompts of the same request.
     pub(super) others: Vec<Submission>,
-    /// What stands before each prompt's answers, if anything does.
-    pub(super) echo: Vec<String>,
+    pub(super) shown: Shown,
     pub(super) stream: bool,
     pub(super) include_usage: bool,
     /// Finds the calls in an answer that may have some.
     pub(super) reader: Option<Reader>,
+}
+
+/// What an answer shows besides its text, and what it leaves out.
+#[derive(Default)]
+pub(super) struct Shown {
+    /// What stands before each prompt's answers, if anything does.
+    pub(super) echo: Vec<String>,
+    /// Only the prompt was asked about: the one token that is generated is left out.
+    pub(super) prompt_only: bool,
+    /// That many of each prompt's answers, the likeliest first; absent: all of them, in their order.
+    pub(super) best: Option<usize>,
+    /// The log-probabilities are for choosing the best answers alone.
+    pub(super) hide_log_probs: bool,
 }
 
 /// Checks that the request is for a model that is served; the adapter, if the name is that of one.
@@ -171,10 +183,13 @@ pub(super) fn prepare(
     Ok(Prepared {
         submission: Submission {
             salt: cache_salt(options.cache_salt.as_deref(), adapter.as_deref())?,
-            client: options
-                .safety_identifier
-                .or(options.user)
-                .map_or(0, |user| client(&user)),
+            client: ClientId {
+                tenant: 0,
+                user: options
+                    .safety_identifier
+                    .or(options.user)
+                    .map_or(0, |user| number(&user)),
+            },
             priority: options.priority.unwrap_or(0),
             max_tokens,
             min_tokens,
@@ -186,6 +201,7 @@ pub(super) fn prepare(
             show_stop: options.include_stop_str_in_output == Some(true),
             show_special: options.skip_special_tokens == Some(false),
             log_probs,
+            prompt_log_probs: None,
             adapter,
             constraint: None,
         },
@@ -193,7 +209,7 @@ pub(super) fn prepare(
         include_usage: options.stream_options.and_then(|options| options.include_usage) == Some(true),
         reader: None,
         others: Vec::new(),
-        echo: Vec::new(),
+        shown: Shown::default(),
     })
 }
 
@@ -213,17 +229,22 @@ fn cache_salt(salt: Option<&str>, adapter: Option<&Adapter>) -> Result<Arc<[u8]>
 }
 
 impl Prepared {
-    /// Says who sent it, by the key that was presented: users with one key count each for themselves.
-    pub(super) fn sent_by(&mut self, key: Option<ClientId>) {
-        let Some(key) = key else { return };
+    /// Says who sent it: whose key was accepted, and which user of it.
+    pub(super) fn sent_by(&mut self, sender: ClientId) {
         for submission in std::iter::once(&mut self.submission).chain(&mut self.others) {
-            submission.client = client((key, submission.client));
+            submission.client = ClientId {
+                tenant: sender.tenant,
+                user: match sender.user {
+                    0 => submission.client.user,
+                    key => number((key, submission.client.user)),
+                },
+            };
         }
     }
 }
 
-/// What a client's name counts as. Nobody outside can find a name that counts as another's.
-pub(super) fn client(name: impl Hash) -> ClientId {
+/// What a name counts as. Nobody outside can find a name that counts as another's.
+pub(super) fn number(name: impl Hash) -> u64 {
     static KEYS: LazyLock<RandomState> = LazyLock::new(RandomState::new);
     KEYS.hash_one(name)
 }

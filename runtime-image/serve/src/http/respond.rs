@@ -16,10 +16,10 @@ use strata_model::Vocabulary;
 use super::admit::Admitted;
 use super::error::ApiError;
 use super::gather::{Choice, Counting, Events, parts, reason_name};
-use super::prepare::{Prepared, random};
+use super::prepare::{Prepared, Shown, random};
 use super::tools::{Part, Reader};
 use super::{Served, State, unix_seconds};
-use crate::engine::{Event, Submission, TokenProb, Usage};
+use crate::engine::{Event, FinishReason, Submission, TokenProb, Usage};
 
 /// How often a silent stream sends a comment, so that proxies keep it open.
 pub(super) const KEEP_ALIVE: Duration = Duration::from_secs(15);
@@ -52,6 +52,8 @@ pub(super) struct Frame {
 }
 
 pub(super) type LogProbs = (TokenProb, Vec<TokenProb>);
+/// A prompt's first token, of which nothing is said, and the others.
+pub(super) type PromptProbs = (u32, Vec<LogProbs>);
 
 /// Prepares a request and answers.
 pub(super) async fn answer<R: DeserializeOwned + 'static>(
@@ -62,9 +64,9 @@ pub(super) async fn answer<R: DeserializeOwned + 'static>(
 ) -> Result<Response, ApiError> {
     // Known without the work of preparing.
     state.accepting()?.engine.has_room()?;
-    let key = request.client;
+    let sender = request.sender;
     let mut prepared = request.prepare(&state, prepared).await?;
-    prepared.sent_by(key);
+    prepared.sent_by(sender);
     respond(state.accepting()?, prepared, shape, dialect).await
 }
 
@@ -95,12 +97,13 @@ async fn respond(served: &Served, prepared: Prepared, shape: Shape, dialect: Dia
     let Prepared {
         submission,
         others,
-        echo,
+        shown,
         stream,
         include_usage,
         reader,
     } = prepared;
     let choices = submission.choices;
+    let of_prompts = submission.prompt_log_probs.is_some();
     let readers = vec![reader; choices * (1 + others.len())];
     // Those that were taken are cancelled if a later one is not: their receivers go.
     let receivers = std::iter::once(submission)
@@ -109,9 +112,9 @@ async fn respond(served: &Served, prepared: Prepared, shape: Shape, dialect: Dia
     let receivers = receivers.collect::<Result<Vec<_>, _>>()?;
     let events = Events { receivers, choices };
     if stream {
-        Ok(streamed(frame, events, include_usage, readers, &echo))
+        Ok(streamed(frame, events, include_usage, readers, (shown, of_prompts)))
     } else {
-        whole(frame, events, readers, &echo).await
+        whole(frame, events, readers, &shown).await
     }
 }
 
@@ -119,37 +122,51 @@ async fn whole(
     frame: Frame,
     mut events: Events,
     readers: Vec<Option<Reader>>,
-    echo: &[String],
+    shown: &Shown,
 ) -> Result<Response, ApiError> {
     let mut counting = Counting::new(readers.len(), events.choices);
     let mut choices: Vec<Choice> = readers.into_iter().map(Choice::new).collect();
-    for (prompt, choices) in echo.iter().zip(choices.chunks_mut(events.choices)) {
+    for (prompt, choices) in shown.echo.iter().zip(choices.chunks_mut(events.choices)) {
         choices.iter_mut().for_each(|choice| choice.content.clone_from(prompt));
     }
     while counting.running > 0 {
         match events.recv().await {
+            Some(Event::Prompt {
+                choice,
+                first,
+                log_probs,
+            }) => {
+                let all = &mut choices[choice..choice + events.choices];
+                all.iter_mut()
+                    .for_each(|choice| choice.prompt = Some((first, log_probs.clone())));
+            }
             Some(Event::Token {
                 choice,
                 text,
                 log_probs,
-            }) => {
+            }) if !shown.prompt_only => {
                 choices[choice].take(&text, false);
                 choices[choice].log_probs.extend(log_probs);
             }
+            Some(Event::Token { .. }) => (),
             Some(Event::Finished {
                 choice,
                 text,
                 reason,
-                usage,
+                mut usage,
             }) => {
-                choices[choice].take(&text, true);
-                choices[choice].reason = Some(reason);
+                if shown.prompt_only {
+                    usage.completion_tokens = 0;
+                } else {
+                    choices[choice].take(&text, true);
+                }
+                choices[choice].reason = Some(ended(shown, reason));
                 counting.ended(choice, &usage);
             }
             None => return Err(ApiError::internal("the engine ended before the answer did")),
         }
     }
-    let choices = choices
+    let choices = best(choices, events.choices, shown)
         .into_iter()
         .enumerate()
         .map(|(index, choice)| choice.object(&frame, index));
@@ -161,11 +178,37 @@ async fn whole(
     Ok(Json(body).into_response())
 }
 
+/// The answers that are shown, of `of_each` to each prompt.
+fn best(choices: Vec<Choice>, of_each: usize, shown: &Shown) -> Vec<Choice> {
+    let Some(most) = shown.best else { return choices };
+    let mut kept = Vec::new();
+    let mut choices = choices.into_iter();
+    while choices.len() > 0 {
+        let mut group: Vec<Choice> = choices.by_ref().take(of_each).collect();
+        group.sort_by(|a, b| b.likelihood().total_cmp(&a.likelihood()));
+        group.truncate(most);
+        if shown.hide_log_probs {
+            group.iter_mut().for_each(|choice| choice.log_probs.clear());
+        }
+        kept.extend(group);
+    }
+    kept
+}
+
+/// Why an answer ended, as it is shown.
+fn ended(shown: &Shown, reason: FinishReason) -> FinishReason {
+    match reason {
+        FinishReason::Stop if shown.prompt_only => FinishReason::Length,
+        reason => reason,
+    }
+}
+
 struct Streaming {
     frame: Frame,
     events: Events,
     include_usage: bool,
     readers: Vec<Option<Reader>>,
+    shown: Shown,
     counting: Counting,
     pending: VecDeque<String>,
     done: bool,
@@ -176,7 +219,7 @@ fn streamed(
     events: Events,
     include_usage: bool,
     readers: Vec<Option<Reader>>,
-    echo: &[String],
+    (shown, of_prompts): (Shown, bool),
 ) -> Response {
     let choices = readers.len();
     let mut streaming = Streaming {
@@ -185,6 +228,7 @@ fn streamed(
         events,
         include_usage,
         readers,
+        shown,
         pending: VecDeque::new(),
         done: false,
     };
@@ -203,12 +247,9 @@ fn streamed(
             ]);
         }
     }
-    for (i, prompt) in echo.iter().enumerate() {
-        let of_each = streaming.events.choices;
-        for index in i * of_each..(i + 1) * of_each {
-            streaming.frame.offsets[index] += prompt.len();
-            streaming.choice(index, json!({ "content": prompt }), Value::Null, None);
-        }
+    // With log-probabilities it comes when these are known.
+    if !of_prompts {
+        (0..streaming.shown.echo.len()).for_each(|i| streaming.echo(i, None));
     }
     let stream = stream::unfold(streaming, |mut streaming| async move {
         while streaming.pending.is_empty() && !streaming.done {
@@ -226,6 +267,12 @@ fn streamed(
 impl Streaming {
     fn take(&mut self, event: Option<Event>) {
         match event {
+            Some(Event::Prompt {
+                choice,
+                first,
+                log_probs,
+            }) => self.echo(choice / self.events.choices, Some((first, log_probs))),
+            Some(Event::Token { .. }) if self.shown.prompt_only => (),
             Some(Event::Token {
                 choice,
                 text,
@@ -237,9 +284,14 @@ impl Streaming {
                 choice,
                 text,
                 reason,
-                usage,
+                mut usage,
             }) => {
-                self.piece(choice, &text, &[], true);
+                if self.shown.prompt_only {
+                    usage.completion_tokens = 0;
+                } else {
+                    self.piece(choice, &text, &[], true);
+                }
+                let reason = ended(&self.shown, reason);
                 let calls = self.readers[choice].as_ref().is_some_and(|reader| reader.calls() > 0);
                 self.choice(choice, json!({}), Value::Null, Some(reason_name(reason, calls)));
                 self.counting.ended(choice, &usage);
@@ -264,9 +316,20 @@ impl Streaming {
         }
     }
 
+    /// A chunk with the `i`th prompt, for each of its answers.
+    fn echo(&mut self, i: usize, log_probs: Option<PromptProbs>) {
+        let prompt = std::mem::take(&mut self.shown.echo[i]);
+        let of_each = self.events.choices;
+        for index in i * of_each..(i + 1) * of_each {
+            let probs = self.frame.log_probs(index, log_probs.as_ref(), &[]);
+            self.frame.offsets[index] += prompt.len();
+            self.choice(index, json!({ "content": prompt }), probs, None);
+        }
+    }
+
     /// A chunk for each part of the text; log-probabilities come with the first one.
     fn piece(&mut self, index: usize, text: &str, log_probs: &[LogProbs], last: bool) {
-        let mut probs = self.frame.log_probs(index, log_probs);
+        let mut probs = self.frame.log_probs(index, None, log_probs);
         self.frame.offsets[index] += text.len();
         let mut parts = parts(self.readers[index].as_mut(), text, last);
         if parts.is_empty() && !probs.is_null() {
@@ -327,8 +390,9 @@ impl Frame {
         json!({ "id": self.id, "object": object, "created": self.created, "model": self.model, "choices": choices })
     }
 
-    pub(super) fn log_probs(&self, index: usize, probs: &[LogProbs]) -> Value {
-        if probs.is_empty() {
+    /// The log-probabilities of tokens of choice `index`; those of its prompt, which only completions show, before them.
+    pub(super) fn log_probs(&self, index: usize, prompt: Option<&PromptProbs>, probs: &[LogProbs]) -> Value {
+        if probs.is_empty() && prompt.is_none() {
             return Value::Null;
         }
         let text = |prob: &TokenProb| self.vocabulary.token_text(prob.token);
@@ -348,29 +412,27 @@ impl Frame {
                 json!({ "content": content.collect::<Vec<_>>(), "refusal": null })
             }
             Shape::Completion => {
-                let mut offset = self.offsets[index];
-                let offsets: Vec<usize> = probs
-                    .iter()
-                    .map(|(chosen, _)| {
-                        let at = offset;
-                        offset += text(chosen).len();
-                        at
-                    })
-                    .collect();
                 let top = |top: &[TokenProb]| {
                     let mut map = Map::new();
                     for prob in top {
                         // Tokens that are parts of characters look alike; the most likely one, which comes first, stands.
                         map.entry(text(prob)).or_insert(json!(prob.log_prob));
                     }
-                    map
+                    json!(map)
                 };
-                json!({
-                    "tokens": probs.iter().map(|(chosen, _)| text(chosen)).collect::<Vec<_>>(),
-                    "token_logprobs": probs.iter().map(|(chosen, _)| chosen.log_prob).collect::<Vec<_>>(),
-                    "top_logprobs": probs.iter().map(|(_, all)| top(all)).collect::<Vec<_>>(),
-                    "text_offset": offsets,
-                })
+                let first = prompt.map(|(first, _)| (self.vocabulary.token_text(*first), Value::Null, Value::Null));
+                let others = prompt.iter().flat_map(|(_, others)| others).chain(probs);
+                let others = others.map(|(chosen, all)| (text(chosen), json!(chosen.log_prob), top(all)));
+                let mut offset = self.offsets[index];
+                let (mut tokens, mut token_probs, mut tops, mut offsets) = (vec![], vec![], vec![], vec![]);
+                for (text, prob, top) in first.into_iter().chain(others) {
+                    offsets.push(offset);
+                    offset += text.len();
+                    tokens.push(text);
+                    token_probs.push(prob);
+                    tops.push(top);
+                }
+                json!({ "tokens": tokens, "token_logprobs": token_probs, "top_logprobs": tops, "text_offset": offsets })
             }
         }
     }

@@ -4,6 +4,7 @@
 //! body ──request──▶ chat request ──chat──▶ engine ──▶ text ──output──▶ items and events ──▶ client, store
 //! ```
 
+pub(super) mod items;
 mod output;
 mod request;
 mod store;
@@ -57,13 +58,13 @@ struct Keeping {
 /// `POST /v1/responses`
 pub(super) async fn create(Extract(state): Extract<Arc<State>>, request: Admitted) -> Result<Response, ApiError> {
     state.accepting()?.engine.has_room()?;
-    let key = request.client;
+    let sender = request.sender;
     let Ready {
         mut prepared,
         output,
         keeping,
     } = request.prepare(&state, ready).await?;
-    prepared.sent_by(key);
+    prepared.sent_by(sender);
     let events = state.accepting()?.engine.submit(prepared.submission)?;
     let answering = Answering {
         state,
@@ -123,6 +124,7 @@ impl Answering {
     /// Takes the engine's next event.
     async fn step(&mut self) {
         match self.events.recv().await {
+            Some(Event::Prompt { .. }) => (),
             Some(Event::Token { text, .. }) => self.text(&text, false),
             Some(Event::Finished {
                 text, reason, usage, ..
@@ -156,8 +158,10 @@ impl Answering {
         else {
             return;
         };
+        let inputs = items.len();
         items.extend(self.output.items().iter().cloned());
         served.responses.insert(Stored {
+            inputs,
             response: self.output.response().clone(),
             items,
         });

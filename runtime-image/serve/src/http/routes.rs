@@ -81,6 +81,8 @@ pub(super) fn table() -> Vec<Route> {
         )
         .gets("A response that was stored")
         .does("delete", "Forget a response", None),
+        on(WITH_OLDER, "/responses/{id}/input_items", get(responses::items::list))
+            .gets("What a stored response answers"),
         on(DEPLOYMENTS, "/chat/completions", post(azure::chat)).takes(&openapi::CHAT, "Answer a conversation"),
         on(DEPLOYMENTS, "/completions", post(azure::completions)).takes(&openapi::COMPLETION, "Continue a text"),
         on(DEPLOYMENTS, "/embeddings", post(azure::embeddings)).takes(&openapi::EMBEDDING, "Make vectors of texts"),

@@ -1,6 +1,6 @@
 //! One step: places between clients, then one token for each that produces, chunks of prompts, new requests, drafts.
 
-use super::{Order, RequestId, Scheduler, Step, Work};
+use super::{ClientId, Order, RequestId, Scheduler, Step, Work};
 
 /// A step that is being planned.
 #[derive(Default)]
@@ -55,15 +55,15 @@ impl Scheduler {
             return;
         }
         let (requests, running) = (&self.requests, &self.running);
-        let last = |client| {
-            let of_client = |order: &&Order| requests[&order.id].client == client;
+        let last = |wanted: &dyn Fn(ClientId) -> bool| {
+            let is_wanted = |order: &&Order| wanted(requests[&order.id].client);
             running
                 .iter()
                 .rev()
-                .find(of_client)
+                .find(is_wanted)
                 .map(|order| (*order, requests[&order.id].priority))
         };
-        if let Some(victim) = self.clients.ahead_of(&self.requests[&next.id].order, last) {
+        if let Some(victim) = self.clients.ahead_of(&next, self.requests[&next.id].client, last) {
             self.preempt(victim);
         }
     }
@@ -141,7 +141,7 @@ impl Scheduler {
                 return;
             }
             // One token at least must be computed: its logits are what the request waits for.
-            let most_hits = if self.limits.prefix_caching {
+            let most_hits = if self.limits.prefix_caching && !request.whole_prompt {
                 (request.tokens.len() - 1) / size
             } else {
                 0

@@ -377,7 +377,8 @@ fn op() -> impl Strategy<Value = Op> {
             |(prompt, more, choices, salt, client, priority, drafts)| {
                 let max_total = prompt.len() + more;
                 let salt = Arc::from([salt]);
-                Op::Add(NewRequest { prompt, max_total, choices, salt, client, priority, drafts })
+                let client = ClientId { tenant: client % 2, user: client };
+                Op::Add(NewRequest { prompt, max_total, choices, salt, client, priority, drafts, whole_prompt: drafts == 3 })
             },
         ),
         1 => (0usize..20).prop_map(Op::Cancel),

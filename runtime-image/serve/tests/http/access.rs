@@ -170,3 +170,39 @@ async fn files_that_cannot_be_used_are_named_before_anything_is_served() {
         );
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_answer_says_which_request_it_is_to() {
+    let server = Running::start("--api-key k").await;
+    let id = async |path: &str, given: Option<&str>| {
+        let request = server.client.get(format!("{}{path}", server.url)).bearer_auth("k");
+        let request = match given {
+            Some(id) => request.header("x-request-id", id),
+            None => request,
+        };
+        let answer = request.send().await.unwrap();
+        answer.headers()["x-request-id"].to_str().unwrap().to_owned()
+    };
+    for path in ["/health", "/v1/models", "/v1/nothing", "/v1/chat/completions"] {
+        assert_eq!(id(path, Some("Trace-1.a_b:c/d")).await, "Trace-1.a_b:c/d", "{path}");
+        let (one, other) = (id(path, None).await, id(path, None).await);
+        assert!(one.starts_with("req_") && one != other, "{one} {other}");
+        for odd in ["a b", "", "a\"", &"x".repeat(129)] {
+            assert!(id(path, Some(odd)).await.starts_with("req_"), "{odd:?}");
+        }
+    }
+    let refused = server
+        .client
+        .get(format!("{}/v1/models", server.url))
+        .send()
+        .await
+        .unwrap();
+    assert_eq!(
+        (
+            refused.status().as_u16(),
+            refused.headers().contains_key("x-request-id")
+        ),
+        (401, true)
+    );
+    server.stop().await;
+}

@@ -302,3 +302,63 @@ async fn azure_paths_are_answered_as_openais() {
     );
     server.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_echo_has_the_log_probabilities_that_its_tokens_would_have_as_answers_whatever_is_cached() {
+    // Small blocks and steps: the prompt is in the cache when it is asked about, and computed in several steps.
+    let server =
+        Running::start("--max-model-len 256 --enable-prefix-caching --block-size 4 --max-num-batched-tokens 7").await;
+    let prompt = "The quick brown fox jumps";
+    let body = |more: Value| {
+        let mut body = json!({ "prompt": prompt, "temperature": 0, "ignore_eos": true });
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        body
+    };
+    let ask = async |more: Value| {
+        let (status, answer) = server.post("/v1/completions", body(more).to_string()).await;
+        assert_eq!(status, StatusCode::OK, "{answer}");
+        answer
+    };
+    let mut expected = vec![Value::Null];
+    for (i, byte) in prompt.bytes().enumerate().skip(1) {
+        // Biases do not count: the probability is the model's own.
+        let bias = json!({ byte.to_string(): 100 });
+        let one = ask(json!({ "prompt": prompt[..i], "max_tokens": 1, "logprobs": 0, "logit_bias": bias })).await;
+        expected.push(one["choices"][0]["logprobs"]["token_logprobs"][0].clone());
+    }
+    let answer = ask(json!({ "max_tokens": 3, "logprobs": 0 })).await["choices"][0].clone();
+    expected.extend(answer["logprobs"]["token_logprobs"].as_array().unwrap().clone());
+
+    let echoed = ask(json!({ "max_tokens": 3, "logprobs": 2, "echo": true, "n": 2 })).await;
+    for choice in echoed["choices"].as_array().unwrap() {
+        let text = format!("{prompt}{}", answer["text"].as_str().unwrap());
+        assert_eq!(choice["text"], text);
+        let said = &choice["logprobs"];
+        assert_eq!(said["token_logprobs"], json!(expected));
+        assert_eq!((&said["tokens"][0], &said["tokens"][24]), (&json!("T"), &json!("s")));
+        assert_eq!(
+            (&said["top_logprobs"][0], &said["text_offset"][24]),
+            (&Value::Null, &json!(24))
+        );
+        assert_eq!(said["top_logprobs"][1].as_object().map(|top| top.len()), Some(2));
+    }
+    assert_eq!(echoed["usage"]["prompt_tokens_details"]["cached_tokens"], 0);
+
+    let mut streamed = Vec::new();
+    let stream = body(json!({ "max_tokens": 3, "logprobs": 2, "echo": true, "stream": true }));
+    for chunk in events(&server.stream("/v1/completions", stream).await.text().await.unwrap()) {
+        let probs = chunk["choices"][0]["logprobs"]["token_logprobs"].clone();
+        streamed.extend(probs.as_array().cloned().unwrap_or_default());
+    }
+    assert_eq!(streamed, expected);
+
+    let only = ask(json!({ "max_tokens": 0, "logprobs": 0, "echo": true })).await;
+    let choice = &only["choices"][0];
+    assert_eq!(
+        (&choice["text"], &choice["finish_reason"]),
+        (&json!(prompt), &json!("length"))
+    );
+    assert_eq!(choice["logprobs"]["token_logprobs"], json!(expected[..prompt.len()]));
+    assert_eq!(only["usage"]["completion_tokens"], 0);
+    server.stop().await;
+}

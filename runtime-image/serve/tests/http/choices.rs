@@ -105,3 +105,41 @@ impl Running {
         self.stream("/v1/chat/completions", body).await.status().as_u16()
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_best_of_several_are_the_likeliest_ones_and_all_are_counted() {
+    let server = Running::start("--max-model-len 256").await;
+    let ask = async |more: Value| {
+        let mut body =
+            json!({ "prompt": ["abc", "xyz"], "temperature": 1.5, "seed": 7, "max_tokens": 12, "ignore_eos": true });
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let (status, answer) = server.post("/v1/completions", body.to_string()).await;
+        assert_eq!(status, StatusCode::OK, "{answer}");
+        answer
+    };
+    let all = ask(json!({ "n": 4, "logprobs": 0 })).await;
+    let likelihood = |choice: &Value| {
+        let probs = choice["logprobs"]["token_logprobs"].as_array().unwrap();
+        probs.iter().map(|prob| prob.as_f64().unwrap()).sum::<f64>() / probs.len() as f64
+    };
+    let mut expected = Vec::new();
+    for group in all["choices"].as_array().unwrap().chunks(4) {
+        let mut group = group.to_vec();
+        group.sort_by(|a, b| likelihood(b).total_cmp(&likelihood(a)));
+        expected.extend(group[..2].iter().map(|choice| choice["text"].clone()));
+    }
+    let best = ask(json!({ "n": 2, "best_of": 4 })).await;
+    let choices = best["choices"].as_array().unwrap();
+    let texts: Vec<Value> = choices.iter().map(|choice| choice["text"].clone()).collect();
+    assert_eq!(texts, expected);
+    for (i, choice) in choices.iter().enumerate() {
+        assert_eq!((&choice["index"], &choice["logprobs"]), (&json!(i), &Value::Null));
+    }
+    assert_eq!(best["usage"]["completion_tokens"], 2 * 4 * 12);
+    let shown = ask(json!({ "best_of": 4, "logprobs": 1 })).await;
+    assert_eq!(
+        shown["choices"][0]["logprobs"]["tokens"].as_array().map(Vec::len),
+        Some(12)
+    );
+    server.stop().await;
+}

@@ -10,16 +10,27 @@ use super::{Running, chat, endless};
 /// Sends requests one after the other while nothing can run, lets them run one at a time, and gives the order in which they
 /// ended.
 async fn order(server: &Running, requests: &[Value]) -> Vec<usize> {
-    let running = server.stream("/v1/chat/completions", endless()).await;
+    let with_key: Vec<_> = requests.iter().map(|request| ("key", request.clone())).collect();
+    order_of_keys(server, &with_key).await
+}
+
+/// The same, each request with its key.
+async fn order_of_keys(server: &Running, requests: &[(&str, Value)]) -> Vec<usize> {
+    let post = async |key: &str, body: Value| {
+        let request = server.client.post(format!("{}/v1/chat/completions", server.url));
+        let answer = request.bearer_auth(key).body(body.to_string()).send().await.unwrap();
+        assert_eq!(answer.status(), StatusCode::OK);
+        answer
+    };
+    let running = post(requests[0].0, endless()).await;
     let ended = Mutex::new(Vec::new());
-    let send = async |i: usize, more: &Value| {
+    let send = async |i: usize, (key, more): &(&str, Value)| {
         let waiting = async || server.metric("vllm:num_requests_waiting").await == i as f64;
         server.until("those before it wait", waiting).await;
         let mut body = chat("x", more.clone());
         // Much more than is served to the endless one while these arrive: later clients begin at a higher count.
         body["max_tokens"] = json!(2000);
-        let (status, answer) = server.post("/v1/chat/completions", body.to_string()).await;
-        assert_eq!(status, StatusCode::OK, "{answer}");
+        post(key, body).await.bytes().await.unwrap();
         ended.lock().unwrap().push(i);
     };
     let all = futures::future::join_all(requests.iter().enumerate().map(|(i, more)| send(i, more)));
@@ -43,6 +54,17 @@ async fn a_lower_priority_is_answered_earlier_and_clients_take_turns() {
     assert_eq!(order(&server, &requests).await[..2], [0, 3]);
     let requests = [json!({ "safety_identifier": "c" }), of("c"), of("d")];
     assert_eq!(order(&server, &requests).await, [0, 2, 1]);
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_key_gets_no_larger_share_by_naming_many_users() {
+    let server = Running::start_long("--max-num-seqs 1 --api-key one --api-key two").await;
+    let of = |key: &'static str, user: &str| (key, json!({ "user": user }));
+    // By user alone, the last one would wait for all the others.
+    let requests = [of("one", "a"), of("one", "b"), of("one", "c"), of("two", "d")];
+    let order = order_of_keys(&server, &requests).await;
+    assert!(order.iter().position(|i| *i == 3) <= Some(1), "{order:?}");
     server.stop().await;
 }
 

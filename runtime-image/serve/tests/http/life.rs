@@ -189,3 +189,25 @@ async fn a_drain_ends_every_answer_properly_by_itself_or_at_the_timeout() {
         server.ended().await;
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_never_sends_a_whole_request_loses_the_connection_and_holds_up_nobody_for_long() {
+    let server = Running::start("--max-connections 3 --header-timeout 1").await;
+    let address = server.url.strip_prefix("http://").unwrap();
+    let mut slow = Vec::new();
+    for _ in 0..9 {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        stream
+            .write_all(b"GET /health HTTP/1.1\r\nhost: x\r\nx-slow: ")
+            .await
+            .unwrap();
+        slow.push(stream);
+    }
+    // More than there are places: this one is answered when they have lost theirs.
+    assert_eq!(tokio::time::timeout(DEADLINE, server.ask()).await.unwrap().0, 200);
+    for mut stream in slow {
+        let said = tokio::time::timeout(DEADLINE, read(&mut stream)).await.unwrap();
+        assert!(said.is_empty() || said.starts_with("HTTP/1.1 408 "), "{said}");
+    }
+    server.stop().await;
+}

@@ -115,7 +115,7 @@ impl Running {
         }));
         Running {
             url,
-            client: Client::new(),
+            client: client(),
             stop: Some(stop),
             task,
             _folder: folder,
@@ -190,6 +190,12 @@ impl Running {
             .unwrap()
             .unwrap();
     }
+}
+
+fn client() -> Client {
+    // Also for plain HTTP, since reqwest has TLS in this workspace. Another test may have been first.
+    let _ = tokio_rustls::rustls::crypto::ring::default_provider().install_default();
+    Client::new()
 }
 
 /// The data of server-sent events; the last one must be `[DONE]`.

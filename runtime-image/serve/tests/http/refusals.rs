@@ -161,9 +161,23 @@ async fn bad_requests_get_openai_errors() {
         ),
         (
             "/v1/completions",
-            json!({ "prompt": "a", "echo": true, "logprobs": 1 }).to_string(),
+            json!({ "prompt": "a", "best_of": 2, "stream": true }).to_string(),
             400,
-            json!("echo"),
+            json!("best_of"),
+            json!(null),
+        ),
+        (
+            "/v1/completions",
+            json!({ "prompt": "a", "best_of": 2, "n": 3 }).to_string(),
+            400,
+            json!("best_of"),
+            json!(null),
+        ),
+        (
+            "/v1/completions",
+            json!({ "prompt": "a", "max_tokens": 0 }).to_string(),
+            400,
+            json!("max_tokens"),
             json!(null),
         ),
         ("/v1/completions", " ".repeat(5 << 20), 413, json!(null), json!(null)),
@@ -190,7 +204,6 @@ async fn bad_requests_get_openai_errors() {
 async fn what_would_change_the_answer_and_is_not_supported_is_refused_and_defaults_pass() {
     let server = Running::start("--max-model-len 128").await;
     for refused in [
-        json!({ "best_of": 2 }),
         json!({ "functions": [{ "name": "f" }] }),
         json!({ "prompt_logprobs": 0 }),
         json!({ "continue_final_message": true }),

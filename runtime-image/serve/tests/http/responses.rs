@@ -226,3 +226,57 @@ async fn a_wrong_request_for_a_response_is_told_its_own_field() {
     }
     server.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_stored_response_answers_can_be_listed() {
+    let server = Running::start("--max-model-len 1024").await;
+    let post = async |input: &str, more: Value| {
+        let (status, answer) = server.post("/v1/responses", body(json!(input), more).to_string()).await;
+        assert_eq!(status, StatusCode::OK, "{answer}");
+        answer
+    };
+    let first = post("One", json!({})).await;
+    let second = post("Two", json!({ "previous_response_id": first["id"] })).await;
+    let list = async |query: &str| {
+        let path = format!("/v1/responses/{}/input_items{query}", second["id"].as_str().unwrap());
+        let (status, text) = server.get(&path).await;
+        (status, serde_json::from_str::<Value>(&text).unwrap())
+    };
+    let (status, all) = list("?order=asc").await;
+    assert_eq!(status, StatusCode::OK, "{all}");
+    let texts: Vec<&Value> = all["data"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|item| &item["content"][0]["text"])
+        .collect();
+    assert_eq!(
+        texts,
+        [&json!("One"), &first["output"][0]["content"][0]["text"], &json!("Two")]
+    );
+    let (_, newest) = list("?limit=1").await;
+    assert_eq!(
+        (&newest["data"][0]["content"][0]["text"], &newest["has_more"]),
+        (&json!("Two"), &json!(true))
+    );
+    let (_, rest) = list(&format!("?after={}", newest["last_id"].as_str().unwrap())).await;
+    assert_eq!(rest["data"].as_array().map(Vec::len), Some(2));
+    for (query, param) in [
+        ("?limit=0", "limit"),
+        ("?limit=x", "limit"),
+        ("?order=up", "order"),
+        ("?after=x", "after"),
+    ] {
+        let (status, answer) = list(query).await;
+        assert_eq!(
+            (status.as_u16(), &answer["error"]["param"]),
+            (400, &json!(param)),
+            "{query}"
+        );
+    }
+    assert_eq!(
+        server.get("/v1/responses/resp_x/input_items").await.0,
+        StatusCode::NOT_FOUND
+    );
+    server.stop().await;
+}

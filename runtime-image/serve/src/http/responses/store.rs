@@ -15,6 +15,8 @@ const MAX_BYTES: usize = 64 << 20;
 pub(super) struct Stored {
     pub(super) response: Value,
     pub(super) items: Vec<Value>,
+    /// How many of them, from the first on, it answers.
+    pub(super) inputs: usize,
 }
 
 struct Entry {
@@ -70,6 +72,12 @@ impl Store {
         self.find(id, Instant::now(), |stored| stored.items.clone())
     }
 
+    /// What it answers.
+    pub(super) fn inputs(&self, id: &str) -> Option<Vec<Value>> {
+        let inputs = |stored: &Stored| stored.items.iter().take(stored.inputs).cloned().collect();
+        self.find(id, Instant::now(), inputs)
+    }
+
     fn find<T>(&self, id: &str, now: Instant, take: impl Fn(&Stored) -> T) -> Option<T> {
         let entries = self.current(now);
         let entry = entries.all.iter().find(|entry| entry.id == id)?;
@@ -120,6 +128,7 @@ mod tests {
         let stored = |id: usize, text: String| Stored {
             response: json!({ "id": id.to_string() }),
             items: vec![json!(text)],
+            inputs: 1,
         };
         let (store, now) = (Store::default(), Instant::now());
         for id in 0..MAX_RESPONSES + 10 {

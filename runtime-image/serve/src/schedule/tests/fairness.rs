@@ -18,7 +18,12 @@ impl Crowd {
         }
     }
 
-    fn add(&mut self, client: ClientId, priority: i64, prompt: usize, more: usize) -> RequestId {
+    /// A request of the only user of a tenant.
+    fn add(&mut self, tenant: u64, priority: i64, prompt: usize, more: usize) -> RequestId {
+        self.add_of(ClientId { tenant, user: 0 }, priority, prompt, more)
+    }
+
+    fn add_of(&mut self, client: ClientId, priority: i64, prompt: usize, more: usize) -> RequestId {
         self.next_id += 1;
         let new = NewRequest {
             client,
@@ -79,6 +84,46 @@ fn a_client_with_a_hundred_requests_does_not_hold_up_one_with_one() {
     // The next ones of both come in turn: whoever was served less goes first.
     let two = crowd.add(2, 0, 8, 20);
     assert!(crowd.steps_to_end(two, |_| ()) < 200);
+}
+
+#[test]
+fn a_tenant_gains_nothing_by_naming_many_users_and_its_users_share_what_it_gets() {
+    let mut crowd = Crowd::new(Limits {
+        max_sequences: 2,
+        blocks: 1000,
+        ..limits()
+    });
+    let mut served = [0, 0];
+    let mut users = 0;
+    let (mut mine, mut one_user) = (Vec::new(), 0);
+    for _ in 0..4000 {
+        while crowd.scheduler.waiting() < 12 {
+            // The first tenant names a new user for each request; the second one has two, one of whom asks nine times as often.
+            users += 1;
+            crowd.add_of(ClientId { tenant: 1, user: users }, 0, 4, 10);
+            let user = u64::from(users % 10 == 0);
+            mine.push((crowd.add_of(ClientId { tenant: 2, user }, 0, 4, 10), user));
+        }
+        for (id, request) in &crowd.scheduler.requests {
+            let runs = !crowd.scheduler.table(*id).is_empty();
+            served[request.client.tenant as usize - 1] += usize::from(runs);
+        }
+        crowd.step();
+        one_user += mine
+            .extract_if(.., |(id, _)| !crowd.goals.contains_key(id))
+            .filter(|(_, user)| *user == 1)
+            .count();
+    }
+    let share = served[0] as f64 / (served[0] + served[1]) as f64;
+    assert!(
+        (0.45..0.55).contains(&share),
+        "the one with many users has {share} of the places"
+    );
+    let waits = mine.iter().filter(|(_, user)| *user == 1).count();
+    assert!(
+        waits <= 1 && one_user > 10,
+        "who asks seldom waits for nobody: {waits} wait, {one_user} ended"
+    );
 }
 
 #[test]
