@@ -8,7 +8,9 @@ use serde::{Deserialize, Serialize};
 pub use strata_contract::QuantizationFormat;
 
 use crate::common::name_rule;
-use crate::{Autoscale, AutoscaleStatus, Common, Duration, ModelSource, RunStatus, ScalingEvent};
+use crate::{
+    Autoscale, AutoscaleStatus, Common, Duration, ModelSource, RunStatus, ScalingEvent, ServedAdapter, Speculation,
+};
 
 /// A model, served with the OpenAI API.
 #[derive(CustomResource, Clone, Debug, PartialEq, Serialize, Deserialize, KubeSchema)]
@@ -23,6 +25,10 @@ use crate::{Autoscale, AutoscaleStatus, Common, Duration, ModelSource, RunStatus
     shortname = "isvc",
     category = "strata",
     validation = name_rule(),
+    validation = Rule::new("!has(self.spec.adapters) || self.spec.adapters.all(adapter, adapter.name != self.metadata.name)")
+        .message("the model itself is served under the resource's name: give the adapter in spec.adapters another one"),
+    validation = Rule::new("!has(self.spec.adapters) || !has(self.spec.model.alignmentJob) || self.spec.adapters.all(adapter, !has(adapter.alignmentJob) || adapter.alignmentJob.name != self.spec.model.alignmentJob.name)")
+        .message("the model of an AlignmentJob has its adapter merged already: serve the AlignmentJob's base in spec.model, or leave the adapter out"),
     scale(
         spec_replicas_path = ".spec.replicas",
         status_replicas_path = ".status.replicas",
@@ -68,7 +74,13 @@ use crate::{Autoscale, AutoscaleStatus, Common, Duration, ModelSource, RunStatus
     validation = Rule::new("!has(self.engine) || !has(self.engine.container) || !has(self.auth)")
         .message("auth is for engine candle: hand the key to the container in pod.env"),
     validation = Rule::new("!has(self.engine) || !has(self.engine.container) || !has(self.tls)")
-        .message("tls is for engine candle: a container has its own certificates: set them in engine.container.args")
+        .message("tls is for engine candle: a container has its own certificates: set them in engine.container.args"),
+    validation = Rule::new("!has(self.engine) || !has(self.engine.container) || !has(self.adapters)")
+        .message("adapters is for engine candle: a container loads its own: name them in engine.container.args"),
+    validation = Rule::new("!has(self.engine) || !has(self.engine.container) || !has(self.speculation)")
+        .message("speculation is for engine candle: set it in engine.container.args"),
+    validation = Rule::new("!has(self.engine) || !has(self.engine.container) || !(has(self.maxConcurrentRequests) || has(self.maxWaitingRequests))")
+        .message("maxConcurrentRequests and maxWaitingRequests are for engine candle: set them in engine.container.args")
 )]
 pub struct InferenceServiceSpec {
     /// The model. Without a digest, the service follows what is published: a promotion by itself.
@@ -87,6 +99,21 @@ pub struct InferenceServiceSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 16, max = 1_048_576))]
     pub max_sequence_tokens: Option<i32>,
+    /// Requests computed at once (default 32).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 4096))]
+    pub max_concurrent_requests: Option<i32>,
+    /// Requests that may wait; more are refused with status 429 (default 256).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 65536))]
+    pub max_waiting_requests: Option<i32>,
+    /// LoRA adapters, served beside the model. Until one has published, the pods serve without it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
+    pub adapters: Vec<ServedAdapter>,
+    /// How tokens are guessed ahead (default: not at all).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub speculation: Option<Speculation>,
     /// Who is answered (default: whoever reaches the endpoint).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub auth: Option<Auth>,

@@ -17,6 +17,7 @@ mod dataset;
 mod engine;
 mod inference_service;
 mod pretrain_job;
+mod serving;
 mod status;
 
 pub use alignment_job::*;
@@ -28,6 +29,7 @@ pub use dataset::*;
 pub use engine::*;
 pub use inference_service::*;
 pub use pretrain_job::*;
+pub use serving::*;
 pub use status::*;
 
 /// API group of the four kinds.

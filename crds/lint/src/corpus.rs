@@ -49,6 +49,23 @@ mod tests {
     use crate::{Severity, lint};
 
     #[test]
+    fn every_sample_is_good() {
+        let samples = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../config/samples");
+        let files =
+            [samples.clone(), samples.join("more")].map(|folder| fs::read_dir(folder).expect("the samples are there"));
+        let paths = files.into_iter().flatten().map(|entry| entry.expect("an entry").path());
+        let mut seen = 0;
+        for path in paths.filter(|path| path.extension().is_some_and(|extension| extension == "yaml")) {
+            let text = fs::read_to_string(&path).expect("a sample");
+            if text.contains("apiVersion: strata.dev/") {
+                assert_eq!(lint(&text), [], "{}", path.display());
+                seen += 1;
+            }
+        }
+        assert!(seen >= 6, "{seen} samples");
+    }
+
+    #[test]
     fn lint_judges_the_corpus_as_its_headers_say() {
         let cases = corpus().expect("the corpus is readable");
         let bad = cases.iter().filter(|case| !case.expect.is_empty()).count();

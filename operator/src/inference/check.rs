@@ -3,6 +3,7 @@
 use strata_api::{Common, InferenceService, KvCacheDtype, PodOverrides, Reason, SecretKey};
 use strata_contract::{Input, QuantizationFormat, QuantizeConfig, Stage};
 
+use super::beside::{self, Beside};
 use super::container::Container;
 use super::scale::{Scaled, scaled};
 use crate::engine::kind::{Env, Observed, Refusal, ResourceKind};
@@ -98,6 +99,12 @@ pub struct Serving {
     pub drain_seconds: i64,
     /// Longest sequence; absent: the model's own.
     pub max_sequence_tokens: Option<u32>,
+    /// Requests computed at once; absent: the server's default.
+    pub max_concurrent_requests: Option<u32>,
+    /// Requests that may wait; absent: the server's default.
+    pub max_waiting_requests: Option<u32>,
+    /// What is loaded beside the model.
+    pub beside: Beside,
 }
 
 impl Serving {
@@ -119,7 +126,8 @@ impl Serving {
     /// What a serving pod asks for, given the size of the served file.
     pub fn sizes(&self, artifact_bytes: u64) -> Sizes {
         let mib = |bytes: u64| bytes.div_ceil(1 << 20);
-        let needed = SERVE_BASE_MIB + mib(self.kv_cache_bytes) + mib(artifact_bytes);
+        let beside = mib(self.beside.bytes(artifact_bytes));
+        let needed = SERVE_BASE_MIB + mib(self.kv_cache_bytes) + mib(artifact_bytes) + beside;
         let clamp = |mib: u64| u32::try_from(mib).unwrap_or(u32::MAX);
         Sizes {
             cpu_millis: 250,
@@ -170,6 +178,7 @@ fn serving(service: &InferenceService, observed: &Observed, env: &Env) -> Result
     // Before anything is rolled out: what is refused leaves the pods that serve as they are.
     let pod = service.spec.common.pod.clone().unwrap_or_default();
     check_pod(&pod)?;
+    let bound = |field: &str, value: Option<i32>| value.map(|value| unsigned(field, value)).transpose();
     let suspend = service.spec.common.suspend.unwrap_or(false);
     let scaled = match &service.spec.autoscale {
         None => None,
@@ -193,11 +202,10 @@ fn serving(service: &InferenceService, observed: &Observed, env: &Env) -> Result
         kv_cache_dtype: cache.dtype.unwrap_or_default(),
         prefix_caching: cache.prefix_caching.unwrap_or(true),
         drain_seconds: drain_seconds(service)?,
-        max_sequence_tokens: service
-            .spec
-            .max_sequence_tokens
-            .map(|tokens| unsigned("spec.maxSequenceTokens", tokens))
-            .transpose()?,
+        max_sequence_tokens: bound("spec.maxSequenceTokens", service.spec.max_sequence_tokens)?,
+        max_concurrent_requests: bound("spec.maxConcurrentRequests", service.spec.max_concurrent_requests)?,
+        max_waiting_requests: bound("spec.maxWaitingRequests", service.spec.max_waiting_requests)?,
+        beside: beside::check(service, observed)?,
     })
 }
 

@@ -1,6 +1,7 @@
 //! InferenceService: a model to an endpoint. A preparing run (stage `quantize`, see [`crate::run`]) makes the file
 //! that is served; a Deployment serves what was published last, and a Service is its address.
 
+mod beside;
 mod check;
 mod container;
 mod phase;
@@ -31,7 +32,9 @@ impl Kind for InferenceService {
     type Checked = Checked;
 
     fn refs(&self) -> Vec<Ref> {
-        run::refs(self)
+        let beside = beside::inputs(self);
+        let beside = beside.iter().filter_map(run::InputRef::from);
+        run::refs(self).into_iter().chain(beside).collect()
     }
 
     fn nodes(&self) -> u32 {

@@ -168,6 +168,7 @@ fn image_serving(deployment: &Deployment, digest: &str) -> Option<String> {
 fn pods(name: &str, serving: &Serving, served: &Served) -> PodTemplateSpec {
     let mut claims = Claims::default();
     claims.read(&served.uri);
+    serving.beside.read().for_each(|input| claims.read(&input.uri));
     let mut labels = labels::common(ResourceKind::InferenceService, name, labels::SERVE);
     labels.insert(labels::RUN.into(), served.run_id.clone());
     template(PodParts {
@@ -220,9 +221,14 @@ fn command(name: &str, serving: &Serving, served: &Served) -> Vec<String> {
         ("--kv-cache-dtype", dtype.to_owned()),
         ("--shutdown-timeout", serving.drain_seconds.to_string()),
     ];
-    let length = serving
-        .max_sequence_tokens
-        .map(|tokens| ("--max-model-len", tokens.to_string()));
+    let bounds = [
+        ("--max-model-len", serving.max_sequence_tokens),
+        ("--max-num-seqs", serving.max_concurrent_requests),
+        ("--max-num-waiting", serving.max_waiting_requests),
+    ];
+    let bounds = bounds
+        .into_iter()
+        .filter_map(|(option, value)| Some((option, value?.to_string())));
     let keys = serving
         .api_keys
         .as_ref()
@@ -233,8 +239,9 @@ fn command(name: &str, serving: &Serving, served: &Served) -> Vec<String> {
     ];
     let tls = files.map(|(option, file)| (option, format!("{TLS_DIR}/{file}")));
     let tls = tls.into_iter().filter(|_| serving.tls_secret.is_some());
-    for (option, value) in options.into_iter().chain(length).chain(keys).chain(tls) {
+    for (option, value) in options.into_iter().chain(bounds).chain(keys).chain(tls) {
         command.extend([option.to_owned(), value]);
     }
+    command.extend(serving.beside.arguments());
     command
 }

@@ -20,7 +20,7 @@ pub fn report(
     now: Timestamp,
 ) -> Outcome<InferenceServiceStatus> {
     let container = checked.ok().and_then(|checked| checked.container.as_ref());
-    let judged = match container {
+    let mut judged = match container {
         Some(container) => container::judge(resource, container),
         None => judge(
             resource,
@@ -29,6 +29,18 @@ pub fn report(
             now,
         ),
     };
+    if let Ok(checked) = checked {
+        let beside = &checked.serving.beside;
+        beside.show(&mut judged.status.inputs);
+        // What the run itself lacks is said first.
+        let inputs = judged
+            .findings
+            .iter_mut()
+            .find(|finding| finding.reason == Reason::InputsResolved);
+        if let (Some(finding), Some((reason, message))) = (inputs, &beside.missing) {
+            *finding = Finding::new(ConditionType::InputsReady, *reason, message.clone());
+        }
+    }
     let pods = serving_pods(&observed.pods);
     let deployment = observed.deployment.as_ref();
     let available = match checked {

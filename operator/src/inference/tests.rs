@@ -545,3 +545,144 @@ fn the_digest_that_is_served_is_that_of_the_ready_pods() {
     );
     assert_eq!(said(vec![]), None);
 }
+
+#[test]
+fn adapters_and_a_draft_model_join_when_they_publish_follow_new_digests_and_stay_when_their_resource_is_gone() {
+    let change = json!({
+        "adapters": [{"name": "polite", "alignmentJob": {"name": "polite"}}, {"name": "terse", "uri": "pvc://raw/terse"}],
+        "speculation": {"draftModel": {"model": {"pretrainJob": {"name": "small"}}, "draftTokens": 2}},
+    });
+    let (mut service, mut observed) = serving(change.clone());
+    let words = |deployment: &Deployment| -> Vec<String> {
+        serde_json::from_value(part(deployment, "/spec/template/spec/containers/0/command")).expect("words")
+    };
+    let claims = |deployment: &Deployment| -> Vec<Value> {
+        let volumes = part(deployment, "/spec/template/spec/volumes");
+        let volumes = volumes.as_array().expect("volumes").iter();
+        volumes
+            .map(|volume| volume["persistentVolumeClaim"]["claimName"].clone())
+            .filter(|name| !name.is_null())
+            .collect()
+    };
+    let polite = |c: char| {
+        json!({"name": "polite", "path": format!("pvc://artifacts/ns/x/{c}"), "digest": digest(c)}).to_string()
+    };
+    let draft = json!({"method": "draft_model", "num_speculative_tokens": 2, "model": "pvc://artifacts/ns/x/d", "digest": digest('d')});
+    let draft = draft.to_string();
+    let terse = json!({"name": "terse", "path": "pvc://raw/terse"}).to_string();
+
+    // The service names all of them, so that their publications wake it; until then the pods serve without.
+    for to in [
+        to(ResourceKind::AlignmentJob, "polite"),
+        to(ResourceKind::PretrainJob, "small"),
+    ] {
+        assert!(service.refs().contains(&to), "{to}");
+    }
+    let before = observed.deployment.clone().expect("served");
+    assert!(
+        words(&before).ends_with(&["--lora-modules".to_owned(), terse.clone()]),
+        "{:?}",
+        words(&before)
+    );
+    assert_eq!(claims(&before), ["artifacts", "raw"]);
+    let status = service
+        .report(&service.check(&observed, &env()), &observed, at(NOW))
+        .status
+        .run_status;
+    let ready = status
+        .conditions
+        .iter()
+        .find(|condition| condition.type_ == "InputsReady")
+        .expect("said");
+    assert_eq!(ready.reason, "ReferenceNotFound");
+    assert!(
+        ready.message.contains("AlignmentJob/polite") && ready.message.contains("serve without it"),
+        "{}",
+        ready.message
+    );
+
+    let alone = service
+        .check(&observed, &env())
+        .expect("good")
+        .serving
+        .sizes(400 << 20)
+        .memory_mib;
+    observed
+        .upstream
+        .insert(to(ResourceKind::AlignmentJob, "polite"), published('b'));
+    observed
+        .upstream
+        .insert(to(ResourceKind::PretrainJob, "small"), published('d'));
+    let with = deployment(&service, &observed, &env()).expect("served");
+    let said = words(&with);
+    let lora = [
+        "--enable-lora",
+        "--max-loras",
+        "2",
+        "--max-lora-rank",
+        "1024",
+        "--lora-modules",
+        &polite('b'),
+        &terse,
+    ];
+    let all = lora
+        .iter()
+        .copied()
+        .chain(["--speculative-config", &draft])
+        .map(str::to_owned);
+    assert!(said.ends_with(&all.collect::<Vec<_>>()), "{said:?}");
+    assert_eq!(
+        service
+            .check(&observed, &env())
+            .expect("good")
+            .serving
+            .sizes(400 << 20)
+            .memory_mib,
+        alone + 500
+    );
+    // The same artifact of the same run: nothing is quantized anew.
+    assert_eq!(part(&with, DIGEST), part(&before, DIGEST));
+
+    let checked = service.check(&observed, &env());
+    service.status = Some(service.report(&checked, &observed, at(NOW)).status);
+    let inputs = &service.status.as_ref().expect("just set").run_status.inputs;
+    let names: Vec<&str> = inputs.iter().map(|input| input.name.as_str()).collect();
+    assert_eq!(names, ["model", "adapters/polite", "adapters/terse", "draftModel"]);
+    // What was loaded stays as it is when its resource is deleted; a new publication is followed.
+    observed.upstream.remove(&to(ResourceKind::AlignmentJob, "polite"));
+    assert_eq!(deployment(&service, &observed, &env()), Some(with));
+    observed
+        .upstream
+        .insert(to(ResourceKind::AlignmentJob, "polite"), published('c'));
+    assert!(words(&deployment(&service, &observed, &env()).expect("served")).contains(&polite('c')));
+
+    // Without any of it, nothing is said of it: pods of before are not restarted.
+    let (_, plain) = serving(json!({}));
+    let text = serde_json::to_string(&plain.deployment).expect("it serializes");
+    assert!(
+        !["lora", "speculative", "max-num"]
+            .iter()
+            .any(|word| text.contains(word)),
+        "{text}"
+    );
+}
+
+#[test]
+fn bounds_of_requests_and_guesses_from_the_text_are_handed_to_the_server() {
+    let change =
+        json!({"maxConcurrentRequests": 8, "maxWaitingRequests": 0, "speculation": {"ngram": {"maxLookupTokens": 6}}});
+    let (_, observed) = serving(change);
+    let command = part(
+        &observed.deployment.expect("served"),
+        "/spec/template/spec/containers/0/command",
+    );
+    let words: Vec<String> = serde_json::from_value(command).expect("words");
+    let ngram = json!({"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 6, "prompt_lookup_min": 2});
+    for pair in [
+        ["--max-num-seqs", "8"],
+        ["--max-num-waiting", "0"],
+        ["--speculative-config", &ngram.to_string()],
+    ] {
+        assert!(words.windows(2).any(|window| window == pair), "{pair:?} in {words:?}");
+    }
+}

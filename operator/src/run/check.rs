@@ -54,6 +54,14 @@ impl InputRef {
         }
     }
 
+    /// The resource that publishes it, if one does.
+    pub fn from(&self) -> Option<Ref> {
+        match &self.source {
+            Source::Artifact { from, .. } => Some(from.clone()),
+            Source::Plain(_) => None,
+        }
+    }
+
     /// The model that `source` names, as the input `name`.
     pub fn model(name: &str, source: &strata_api::ModelSource) -> Option<Self> {
         match (&source.pretrain_job, &source.alignment_job, &source.uri) {
@@ -424,23 +432,31 @@ fn artifact(
 
 /// The inputs, where one is not to be had as it was when the last artifact was made from it.
 fn as_published(wanted: &[InputRef], namespace: &str, status: &RunStatus, observed: &Observed) -> Option<Vec<Input>> {
-    let remembered = |input: &InputRef| {
+    let input = |input| resolve_or_remember(input, namespace, status, observed).ok();
+    wanted.iter().map(input).collect()
+}
+
+/// The input; where it is not to be had, as the status remembers it.
+///
+/// # Errors
+/// The condition that says why it is not there.
+pub fn resolve_or_remember(
+    input: &InputRef,
+    namespace: &str,
+    status: &RunStatus,
+    observed: &Observed,
+) -> Result<Input, Refusal> {
+    resolve(input, namespace, status, observed).or_else(|refusal| {
         // What is pinned is that or nothing.
         let Source::Artifact { from, digest: None } = &input.source else {
-            return None;
+            return Err(refusal);
         };
-        let known = |known: &&InputStatus| known.name == input.name && known.resource == Some(from.to_string());
-        let known = status.inputs.iter().find(known)?;
-        artifact(input, from, namespace, &known.uri, known.digest.clone(), None).ok()
-    };
-    wanted
-        .iter()
-        .map(|input| {
-            resolve(input, namespace, status, observed)
-                .ok()
-                .or_else(|| remembered(input))
-        })
-        .collect()
+        let is_it = |known: &&InputStatus| known.name == input.name && known.resource == Some(from.to_string());
+        match status.inputs.iter().find(is_it) {
+            Some(known) => artifact(input, from, namespace, &known.uri, known.digest.clone(), None),
+            None => Err(refusal),
+        }
+    })
 }
 
 /// Hash of what determines the result: the stage without what only says where things are or how often to save.

@@ -116,14 +116,7 @@ pub fn upstream<T: Runs>(resource: &T) -> Upstream {
 
 /// What `resource` refers to.
 pub fn refs<T: Runs>(resource: &T) -> Vec<Ref> {
-    resource
-        .inputs()
-        .into_iter()
-        .filter_map(|input| match input.source {
-            Source::Artifact { from, .. } => Some(from),
-            Source::Plain(_) => None,
-        })
-        .collect()
+    resource.inputs().iter().filter_map(InputRef::from).collect()
 }
 
 /// A kind that is nothing but its run.
