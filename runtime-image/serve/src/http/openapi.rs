@@ -141,6 +141,12 @@ pub(super) const COMPLETION: Body = Body {
         OPTIONS,
         &[
             ("prompt", Prompt, "What is continued"),
+            ("echo", Flag, "Put the prompt before the answer"),
+            (
+                "best_of",
+                Integer,
+                "Generate that many answers, and give the n likeliest of them",
+            ),
             (
                 "logprobs",
                 Integer,

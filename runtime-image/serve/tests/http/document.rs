@@ -31,7 +31,7 @@ async fn every_documented_path_answers_and_every_documented_field_is_read() {
         let url = path.replace("{name}", "tiny").replace("{id}", "tiny");
         if item.get("get").is_some() {
             let (status, answer) = server.get(&url).await;
-            let stored = url.ends_with("/responses/tiny");
+            let stored = url.contains("/responses/tiny");
             assert_eq!(status == StatusCode::OK, !stored, "{path}: {answer}");
         }
         let Some(reference) = item["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"].as_str()
