@@ -68,9 +68,11 @@ impl Cluster {
 /// What an error of the API server asks a user to do.
 pub fn explain(error: kube::Error, what: &str) -> anyhow::Error {
     let remedy = match &error {
-        kube::Error::Api(status) if status.code == 404 => {
+        // The server knows no such kind; of an object that is gone, it says which one.
+        kube::Error::Api(status) if status.code == 404 && status.message.contains("page not found") => {
             "the cluster has no Strata, or one of another version: install charts/strata"
         }
+        kube::Error::Api(status) if status.code == 404 => "it is gone: try again",
         kube::Error::Api(status) if status.code == 401 => "log in to the cluster again",
         kube::Error::Api(status) if status.code == 403 => {
             "ask the cluster's administrator for the role view in this namespace (edit, for chat), or choose another with \
@@ -82,4 +84,27 @@ pub fn explain(error: kube::Error, what: &str) -> anyhow::Error {
         _ => return anyhow::Error::new(error).context(format!("cannot {what}")),
     };
     anyhow::Error::new(error).context(format!("cannot {what}: {remedy}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_of_the_server_says_what_to_do() {
+        for (code, message, remedy) in [
+            (404, "404 page not found", "install charts/strata"),
+            (404, "pods \"chat-1\" not found", "it is gone: try again"),
+            (403, "pods is forbidden", "role view"),
+            (401, "Unauthorized", "log in"),
+            (500, "boom", "cannot list the pods: "),
+        ] {
+            let status: kube::core::Status = serde_json::from_value(serde_json::json!({
+                "status": "Failure", "code": code, "message": message, "reason": "x",
+            }))
+            .unwrap();
+            let said = format!("{:#}", explain(kube::Error::Api(Box::new(status)), "list the pods"));
+            assert!(said.contains(remedy) && said.contains(message), "{said}");
+        }
+    }
 }
