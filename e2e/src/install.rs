@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 
 use crate::bed::Bed;
 use crate::bed::command::{self, say};
@@ -16,6 +16,10 @@ use crate::namespace::tool;
 pub const NAMESPACE: &str = "strata-system";
 /// User that the operator's pods write as.
 pub const USER: &str = "system:serviceaccount:strata-system:strata-operator";
+
+/// The commit of the last chart before this one.
+const PREVIOUS: &str = "2711e47";
+const MONITORING_CRDS: &str = include_str!("../manifests/monitoring-crds.yaml");
 
 /// The chart.
 #[must_use]
@@ -39,6 +43,35 @@ pub fn helm(bed: &Bed) -> Result<Command> {
     Ok(helm)
 }
 
+/// The chart that users may have now, from this repository's history: [`PREVIOUS`], unpacked into `folder`.
+///
+/// # Errors
+/// The history is not there.
+pub fn previous_chart(folder: &Path) -> Result<PathBuf> {
+    let archive = folder.join("chart.tar");
+    let mut git = Command::new("git");
+    git.arg("-C").arg(chart().join("../..")).args(["archive", "--output"]);
+    git.arg(&archive).args([PREVIOUS, "charts/strata"]);
+    command::output(&mut git).context("the previous chart is in the history: run `git fetch --unshallow`")?;
+    tar::Archive::new(std::fs::File::open(archive)?).unpack(folder)?;
+    Ok(folder.join("charts/strata"))
+}
+
+/// The kinds of the Prometheus operator, as far as the chart uses them, so that the cluster takes its monitors.
+///
+/// # Errors
+/// The API server refuses them.
+pub fn monitoring_crds(bed: &Bed) -> Result<()> {
+    let mut kubectl = bed.kubectl();
+    kubectl.args(["apply", "--server-side", "--force-conflicts", "-f", "-"]);
+    command::output_with_input(&mut kubectl, MONITORING_CRDS)?;
+    let mut kubectl = bed.kubectl();
+    kubectl.args(["wait", "--for=condition=established", "--timeout=60s", "crd"]);
+    let kinds = ["servicemonitors", "podmonitors", "prometheusrules"];
+    kubectl.args(kinds.map(|kind| format!("{kind}.monitoring.coreos.com")));
+    command::output(&mut kubectl).map(drop)
+}
+
 /// Installs the operator once for all tests of a process; see [`operator`].
 ///
 /// # Errors
@@ -55,10 +88,18 @@ pub fn once(bed: &Bed) -> Result<()> {
 /// # Errors
 /// What could not be built or installed.
 pub fn operator(bed: &Bed, settings: &[&str]) -> Result<()> {
+    operator_from(&chart(), bed, settings)
+}
+
+/// As [`operator`], from another chart.
+///
+/// # Errors
+/// What could not be built or installed.
+pub fn operator_from(chart: &Path, bed: &Bed, settings: &[&str]) -> Result<()> {
     let images = bed.import(&catalog::STRATA)?;
     remove_pending(bed)?;
     let mut helm = helm(bed)?;
-    helm.args(["upgrade", "--install", "strata"]).arg(chart());
+    helm.args(["upgrade", "--install", "strata"]).arg(chart);
     helm.args([
         "--namespace",
         NAMESPACE,
@@ -75,7 +116,7 @@ pub fn operator(bed: &Bed, settings: &[&str]) -> Result<()> {
         };
     }
     for setting in settings {
-        helm.args(["--set-string", setting]);
+        helm.args(["--set", setting]);
     }
     command::output(&mut helm).map(drop)
 }

@@ -15,6 +15,7 @@ pub mod install;
 pub mod namespace;
 pub mod neighbours;
 pub mod operator;
+pub mod prometheus;
 pub mod run;
 pub mod small;
 pub mod strata;

@@ -100,3 +100,14 @@ pub fn checkpoints(folder: &Path) -> Vec<PathBuf> {
 pub fn attempts(folder: &Path) -> usize {
     fs::read_dir(folder.join("attempts")).into_iter().flatten().count()
 }
+
+/// An InferenceService of the PretrainJob `model`, as small as they come; `more` are further lines of its spec. A model on
+/// [`WORDS`] is ready within seconds.
+#[must_use]
+pub fn serve(name: &str, model: &str, more: &str) -> String {
+    format!(
+        "apiVersion: strata.dev/v1alpha1\nkind: InferenceService\nmetadata: {{name: {name}}}\nspec:\n  \
+         storage: {{uri: 'pvc://artifacts'}}\n  model: {{pretrainJob: {{name: {model}}}}}\n  quantization: F16\n  \
+         kvCache: {{memory: 4Mi}}\n{more}"
+    )
+}

@@ -14,12 +14,27 @@ use kube::api::{DeleteParams, ListParams, Patch, PatchParams};
 use kube::{Api, ResourceExt as _};
 use serde_json::{Value, json};
 use strata_api::{Dataset, PretrainJob};
+use strata_contract::{SERVE_PORT, STAGE_PORT};
 use strata_e2e::bed::{command, go::Program};
 use strata_e2e::namespace::tool;
 use strata_e2e::strata::{Kind, apply, condition, ready};
 use strata_e2e::{Context, install, operator, run, wait, with_temp_ns};
 
 const DEADLINE: Duration = Duration::from_secs(180);
+const ALL_RIGHTS: &str = "apiVersion: rbac.authorization.k8s.io/v1\nkind: ClusterRoleBinding\nmetadata: {name: e2e-before}\n\
+                          roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: cluster-admin}\n\
+                          subjects: [{kind: ServiceAccount, name: strata-operator, namespace: strata-system}]\n";
+const MONITORING: &str = "monitoring.coreos.com/v1";
+const MONITORS: [&str; 3] = ["ServiceMonitor", "PodMonitor", "PrometheusRule"];
+/// Every part of the chart that is left out by default.
+const EVERYTHING: &str = "monitoring.monitors.enabled=true,monitoring.monitors.labels.release=prometheus,\
+    monitoring.rules.enabled=true,monitoring.dashboards.enabled=true,networkPolicy.enabled=true,\
+    networkPolicy.serving.enabled=true,networkPolicy.serving.namespaces={team},artifactsStorageClass.create=true,\
+    artifactsStorageClass.provisioner=blob.csi.azure.com,workspaces.team.serviceAccount.name=strata-pods,\
+    workspaces.team.claims.artifacts.size=1Ti,workspaces.team.claims.artifacts.storageClassName=strata-artifacts,\
+    workspaces.team.claims.raw.size=1Ti,workspaces.team.claims.raw.volume.driver=blob.csi.azure.com,\
+    workspaces.team.claims.raw.volume.attributes.clientID=00000000-0000-0000-0000-000000000000,\
+    workspaces.team.claims.raw.volume.mountOptions={-o allow_other}";
 
 #[tokio::test]
 async fn the_chart_renders_what_kubernetes_knows() {
@@ -27,18 +42,45 @@ async fn the_chart_renders_what_kubernetes_knows() {
         let chart = install::chart();
         command::output(install::helm(&context.bed)?.arg("lint").arg("--strict").arg(&chart))?;
         let folder = tempfile::tempdir()?;
-        write_schemas(&context.kubectl(["get", "--raw", "/openapi/v2"]).await?, folder.path())?;
-        for settings in [
+        install::monitoring_crds(&context.bed)?;
+        let known = wait::poll("the cluster publishes the schemas of monitors", DEADLINE, || async {
+            let openapi = context.kubectl(["get", "--raw", "/openapi/v2"]).await?;
+            Ok(MONITORS.iter().all(|kind| openapi.contains(kind)).then_some(openapi))
+        });
+        write_schemas(&known.await?, folder.path())?;
+        let aks = chart.join("values-aks.yaml").display().to_string();
+        for arguments in [
             &[][..],
-            &["watchNamespace=team", "replicas=1", "defaultStorage=pvc://artifacts"],
+            &["--set", "watchNamespace=team,replicas=1,defaultStorage=pvc://artifacts"],
+            &["--set", EVERYTHING],
+            &["--set", EVERYTHING, "--set", "watchNamespace=team"],
+            &[
+                "--values",
+                &aks,
+                "--api-versions",
+                "azmonitoring.coreos.com/v1/ServiceMonitor",
+                "--api-versions",
+                "azmonitoring.coreos.com/v1/PodMonitor",
+            ],
         ] {
             let mut helm = install::helm(&context.bed)?;
-            helm.args(["template", "strata"]).arg(&chart);
-            for setting in settings {
-                helm.args(["--set", setting]);
-            }
+            helm.args(["template", "strata"]).arg(&chart).args(arguments);
+            helm.args(
+                MONITORS
+                    .iter()
+                    .flat_map(|kind| ["--api-versions".to_owned(), format!("{MONITORING}/{kind}")]),
+            );
             let path = folder.path().join("rendered.yaml");
-            std::fs::write(&path, command::output(&mut helm)?)?;
+            // Azure's monitors have the same fields in a group of their own.
+            let rendered = command::output(&mut helm)?.replace("azmonitoring.coreos.com", "monitoring.coreos.com");
+            if rendered.contains("kind: NetworkPolicy") {
+                let ports = [STAGE_PORT, SERVE_PORT].map(|port| format!("port: {port}\n"));
+                ensure!(
+                    ports.iter().all(|port| rendered.contains(port)),
+                    "the pods' ports are open"
+                );
+            }
+            std::fs::write(&path, rendered)?;
             let location = format!(
                 "{}/{{{{.ResourceKind}}}}{{{{.KindSuffix}}}}.json",
                 folder.path().display()
@@ -55,6 +97,11 @@ async fn the_chart_renders_what_kubernetes_knows() {
                 .arg(&chart),
         );
         ensure!(refused.is_err(), "a value that does not exist is refused");
+        // Without their CRDs, monitors are refused with what to do, and not left out.
+        let monitors = ["template", "--set", "monitoring.monitors.enabled=true"];
+        let refused = command::output(install::helm(&context.bed)?.args(monitors).arg(&chart));
+        let said = refused.err().map(|error| error.to_string()).unwrap_or_default();
+        ensure!(said.contains("Install its CRD first"), "{said}");
         Ok(())
     })
     .await;
@@ -63,7 +110,11 @@ async fn the_chart_renders_what_kubernetes_knows() {
 #[tokio::test]
 async fn an_upgrade_restarts_no_run_and_an_uninstall_keeps_resources_and_artifacts() {
     with_temp_ns(|context| async move {
-        install::operator(&context.bed, &[])?;
+        // The chart before, with this operator in it, as no other is compiled: what it may do more than that chart allows, it
+        // may by this binding, until the upgrade brings its own.
+        let before = tempfile::tempdir()?;
+        apply(&context, ALL_RIGHTS).await?;
+        install::operator_from(&install::previous_chart(before.path())?, &context.bed, &[])?;
         let raw = context.claim("raw", "1Gi", None).await?.path()?;
         let artifacts = context.claim("artifacts", "1Gi", None).await?.path()?;
         run::start_long(&context, "long", (&raw, &artifacts), DEADLINE).await?;
@@ -71,7 +122,9 @@ async fn an_upgrade_restarts_no_run_and_an_uninstall_keeps_resources_and_artifac
         let before = words.status.context("a status")?;
         let started = started(&context).await?;
 
-        // Another image for pods, while one runs: what is done stays done and what runs goes on, under the image it has.
+        // This chart and another image for pods, while one runs: what is done stays done and what runs goes on, under the
+        // image it has.
+        context.kubectl(["delete", "clusterrolebinding", "e2e-before"]).await?;
         install::operator(&context.bed, &["runtimeImage.tag=other"])?;
         only_the_new_operator_is_left(&context).await?;
         leader_changes_hands(&context).await?;
@@ -181,9 +234,7 @@ fn write_schemas(openapi: &str, folder: &Path) -> Result<()> {
     let all = definitions.as_object_mut().context("the document has definitions")?;
     let mut kinds = Vec::new();
     for (name, definition) in all.iter_mut() {
-        if definition.get("properties").is_some() {
-            definition["additionalProperties"] = json!(false);
-        }
+        close(definition);
         // A few types are strings or numbers, which OpenAPI 2 cannot say.
         if name.ends_with("IntOrString") || name.ends_with("Quantity") {
             *definition = json!({"type": ["string", "integer", "number"]});
@@ -215,6 +266,16 @@ fn write_schemas(openapi: &str, folder: &Path) -> Result<()> {
         )?;
     }
     Ok(())
+}
+
+/// Fields that an object does not have are refused, also in the objects in it, which a CRD writes in place.
+fn close(schema: &mut Value) {
+    if let Some(properties) = schema.get_mut("properties").and_then(Value::as_object_mut) {
+        properties.values_mut().for_each(close);
+        schema["additionalProperties"] = json!(false);
+    } else if let Some(items) = schema.get_mut("items") {
+        close(items);
+    }
 }
 
 /// Two replicas run and one leads; when it is deleted the other one takes over.

@@ -26,3 +26,12 @@ app.kubernetes.io/part-of: strata
 app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- end -}}
+
+{{- /* Where the pods of resources are, as a monitor's namespaceSelector. */ -}}
+{{- define "strata.scrapedNamespaces" -}}
+{{- if .Values.watchNamespace -}}
+matchNames: [{{ .Values.watchNamespace }}]
+{{- else -}}
+any: true
+{{- end -}}
+{{- end -}}

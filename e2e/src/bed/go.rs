@@ -29,6 +29,7 @@ pub enum Program {
     Kwok,
     Kueue,
     Jobset,
+    Prometheus,
 }
 
 /// What the modules below ask for.
@@ -49,12 +50,13 @@ pub const BED: [Program; 8] = [
 ];
 
 /// What only tests run.
-pub const TOOLS: [Program; 5] = [
+pub const TOOLS: [Program; 6] = [
     Program::Helm,
     Program::Kubeconform,
     Program::LuaHealth,
     Program::Kueue,
     Program::Jobset,
+    Program::Prometheus,
 ];
 
 /// Argo CD: what `make test-argocd` runs, and nothing else.
@@ -83,6 +85,8 @@ enum Source {
     Staging(&'static str),
     /// As `Tools`, with the replacements of its own `go.mod`, by whose versions its requirements fit together.
     Replaced,
+    /// As `Tools`, compiled with these build tags.
+    Tagged(&'static str),
     /// A `main.go` of ours.
     Main(&'static str),
 }
@@ -188,6 +192,15 @@ const MODULES: &[Module] = &[
         stamps: &[],
         programs: &[Program::Jobset],
     },
+    Module {
+        path: "github.com/prometheus/prometheus",
+        version: "v0.316.0",
+        usual_minutes: 6,
+        // Of its ways to find targets, only Kubernetes: the others are the libraries of all clouds.
+        source: Source::Tagged("remove_all_sd,enable_kubernetes_sd"),
+        stamps: &["github.com/prometheus/common/version.Version={version}"],
+        programs: &[Program::Prometheus],
+    },
 ];
 
 impl Program {
@@ -211,6 +224,7 @@ impl Program {
             Self::Kwok => "kwok",
             Self::Kueue => "kueue",
             Self::Jobset => "jobset",
+            Self::Prometheus => "prometheus",
         }
     }
 
@@ -308,13 +322,13 @@ fn build_module(module: &Module) -> Result<()> {
     match module.source {
         Source::Staging(version) => main.push_str(&staged(&upstream_go_mod(module)?, version)),
         Source::Replaced => main.push_str(&replaced(&upstream_go_mod(module)?)),
-        Source::Tools | Source::Main(_) => {}
+        Source::Tools | Source::Tagged(_) | Source::Main(_) => {}
     }
     fs::write(folder.join("go.mod"), main)?;
     let _ = fs::remove_file(folder.join("go.sum"));
     match module.source {
         Source::Main(text) => fs::write(folder.join("main.go"), text)?,
-        Source::Tools | Source::Staging(_) | Source::Replaced => {
+        Source::Tools | Source::Staging(_) | Source::Replaced | Source::Tagged(_) => {
             let versioned = packages.iter().map(|p| format!("{p}@{}", module.version));
             command::output(go(&folder).args(["get", "-tool"]).args(versioned))?;
         }
@@ -328,10 +342,17 @@ fn build_module(module: &Module) -> Result<()> {
     } else {
         built.join("")
     };
+    let tags = if let Source::Tagged(tags) = module.source {
+        tags
+    } else {
+        ""
+    };
     command::output(
         go(&folder)
             .args([
                 "build",
+                "-tags",
+                tags,
                 "-mod=mod",
                 "-trimpath",
                 "-ldflags",

@@ -73,7 +73,7 @@ pub fn plan(
     let selector = labels::serving_selector(&name);
     // Before there is a Deployment, no budget was looked for.
     if observed.deployment.is_some() {
-        planned.budget = match needs_budget(&checked.serving, &template, &observed.budgets) {
+        planned.budget = match needs_budget(most(resource, &checked.serving), &template, &observed.budgets) {
             true => Wanted::There(budget::build(metadata.clone(), &owner, selector.clone())),
             false => Wanted::Gone,
         };
@@ -101,10 +101,18 @@ pub fn plan(
 
 /// One pod alone needs none: a budget could only be in the way of its drain. And a pod that two budgets select can not be
 /// evicted at all: where a user has one, ours goes.
-fn needs_budget(serving: &Serving, template: &PodTemplateSpec, others: &[PodDisruptionBudget]) -> bool {
+fn needs_budget(most: i32, template: &PodTemplateSpec, others: &[PodDisruptionBudget]) -> bool {
     let labels = template.metadata.as_ref().and_then(|metadata| metadata.labels.as_ref());
     let has_another = labels.is_some_and(|labels| others.iter().any(|other| budget::selects(other, labels)));
-    serving.replicas > 1 && !has_another
+    most > 1 && !has_another
+}
+
+/// The most pods that there may be while the spec stays as it is: so that a budget does not come and go with the load.
+fn most(resource: &InferenceService, serving: &Serving) -> i32 {
+    match (&serving.scaled, &resource.spec.autoscale) {
+        (Some(_), Some(autoscale)) => autoscale.max_replicas,
+        _ => serving.replicas,
+    }
 }
 
 /// What is to be served, and by which image.

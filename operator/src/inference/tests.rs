@@ -335,6 +335,13 @@ fn a_drain_takes_one_pod_at_a_time_and_never_waits_for_a_lone_one_or_a_second_bu
         let whole = json!({"maxUnavailable": 1, "selector": selector, "unhealthyPodEvictionPolicy": "AlwaysAllow"});
         assert_eq!(spec, whole);
     }
+    // One that scales has its budget also while there is one pod: it lets that one go.
+    for (max, wanted) in [(3, true), (1, false)] {
+        let scaled = json!({"minReplicas": 1, "maxReplicas": max, "targets": {"waitingRequests": 4}});
+        let (service, observed) = serving(json!({"replicas": null, "autoscale": scaled}));
+        let planned = service.plan(&service.check(&observed, &env()), &observed, at(NOW));
+        assert_eq!(matches!(planned.budget, Wanted::There(_)), wanted, "at most {max}");
+    }
     // What was not looked for is neither made nor removed.
     let (service, mut observed) = serving(json!({}));
     observed.deployment = None;

@@ -475,14 +475,9 @@ fn link_new(from: &Path, to: &Path) -> Result<bool> {
     match fs::hard_link(from, to) {
         Ok(()) => Ok(true),
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
-        // SMB shares such as Azure Files have no hard links. There the rename is as atomic, but of two attempts that end
-        // in the same instant the later one wins; the operator runs one attempt at a time.
-        Err(error)
-            if matches!(
-                error.raw_os_error(),
-                Some(libc::EPERM | libc::EOPNOTSUPP | libc::ENOSYS | libc::EMLINK)
-            ) =>
-        {
+        // SMB shares such as Azure Files, blobfuse and NFS to Azure Blob have no hard links. There the rename is as atomic,
+        // but of two attempts that end in the same instant the later one wins; the operator runs one attempt at a time.
+        Err(error) if error.raw_os_error().is_some_and(means_no_links) => {
             if to.exists() {
                 return Ok(false);
             }
@@ -491,6 +486,16 @@ fn link_new(from: &Path, to: &Path) -> Result<bool> {
         }
         Err(error) => Err(ArtifactError::writing(to, error)),
     }
+}
+
+/// Whether the file system has no hard links.
+fn means_no_links(errno: i32) -> bool {
+    /// The kernel's own `ENOTSUPP`, which NFS hands on where a server knows no LINK; no C library has a name for it.
+    const NOT_SUPPORTED_BY_SERVER: i32 = 524;
+    matches!(
+        errno,
+        libc::EPERM | libc::EOPNOTSUPP | libc::ENOSYS | libc::EMLINK | NOT_SUPPORTED_BY_SERVER
+    )
 }
 
 /// Refuses figures that are not finite: JSON has no others, and no gate can judge them. Stages that go on to gates ask
