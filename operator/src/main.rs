@@ -25,6 +25,7 @@ use strata_operator::leader::{Election, Times};
 use strata_operator::metrics::Metrics;
 use strata_operator::server::{Shown, router};
 use tokio::net::TcpListener;
+use tokio::runtime::Handle;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tracing_subscriber::EnvFilter;
@@ -92,14 +93,7 @@ fn main() -> ExitCode {
             .init(),
         LogFormat::Text => log.init(),
     }
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build();
-    let result = runtime
-        .context("no threads can be started")
-        .and_then(|runtime| runtime.block_on(run(arguments)));
-    match result {
+    match launch(arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!(error = format!("{error:#}"), "the operator ends");
@@ -108,7 +102,20 @@ fn main() -> ExitCode {
     }
 }
 
-async fn run(arguments: Arguments) -> anyhow::Result<()> {
+fn launch(arguments: Arguments) -> anyhow::Result<()> {
+    let runtime = |threads: usize| {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(threads)
+            .enable_all()
+            .build();
+        runtime.context("no threads can be started")
+    };
+    // The election has a thread of its own: of thousands of resources that wait, none stands before a renewal.
+    let election = runtime(1)?;
+    runtime(2)?.block_on(run(arguments, election.handle()))
+}
+
+async fn run(arguments: Arguments, elections: &Handle) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("no signals can be received")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("no signals can be received")?;
     let metrics = Arc::new(Metrics::new().context("the metrics clash")?);
@@ -142,15 +149,14 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     if arguments.leader_elect {
         // The Lease is taken by a client of its own: the guarded one writes only for the leader.
         config.read_timeout = Some(LEASE_TIMEOUT);
-        let mut joined = Election::join(
-            Client::try_from(config)?,
-            &arguments.leader_elect_namespace,
-            &arguments.leader_elect_name,
-            &identity,
-            Times::OPERATOR,
-            leadership.clone(),
-        )
-        .await?;
+        let (namespace, name) = (arguments.leader_elect_namespace, arguments.leader_elect_name);
+        let (identity_there, leadership_there) = (identity.clone(), leadership.clone());
+        let joining = elections.spawn(async move {
+            let client = Client::try_from(config)?;
+            let times = Times::OPERATOR;
+            Election::join(client, &namespace, &name, &identity_there, times, leadership_there).await
+        });
+        let mut joined = joining.await.context("the election's thread ended")??;
         // A replica that stands by could take over: it is ready.
         ready.store(true, Ordering::Relaxed);
         tracing::info!(identity, "standing by for the Lease");
