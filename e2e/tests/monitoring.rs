@@ -56,7 +56,7 @@ async fn models_serve(context: &Context) -> Result<()> {
     apply(context, &run::pretrain("tiny", 2048)).await?;
     apply(context, TAKEN).await?;
     context.create(&certificate()?).await?;
-    let scaled = "  autoscale: {minReplicas: 2, maxReplicas: 2, targets: {waitingRequests: 4}}\n";
+    let scaled = "  drain: 10s\n  autoscale: {minReplicas: 2, maxReplicas: 2, targets: {waitingRequests: 4}}\n";
     apply(context, &run::serve("talker", "tiny", scaled)).await?;
     let closed = "  replicas: 1\n  tls: {secretName: closed}\n  auth: {secret: {name: closed, key: keys}}\n";
     apply(context, &run::serve("closed", "tiny", closed)).await?;
