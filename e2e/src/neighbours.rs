@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::api::core::v1::Secret;
 use kube::Api;
 
 use crate::Context;
@@ -30,6 +31,8 @@ pub struct Neighbour {
     namespace: &'static str,
     /// The Deployment that is waited for.
     deployment: &'static str,
+    /// The Secret with the certificate of its webhook.
+    secret: &'static str,
     /// What the chart is told, beside the image.
     settings: &'static [&'static str],
 }
@@ -41,6 +44,7 @@ pub const KUEUE: Neighbour = Neighbour {
     chart: "charts/kueue",
     namespace: "kueue-system",
     deployment: "kueue-controller-manager",
+    secret: "kueue-webhook-server-cert",
     settings: &[
         "controllerManager.manager.image.repository=strata.local/kueue",
         "controllerManager.manager.image.tag=0.15.0",
@@ -58,6 +62,7 @@ pub const JOBSET: Neighbour = Neighbour {
     chart: "charts/jobset",
     namespace: "jobset-system",
     deployment: "jobset-controller",
+    secret: "jobset-webhook-server-cert",
     settings: &[
         "image.repository=strata.local/jobset",
         "image.tag=0.11.0",
@@ -81,6 +86,23 @@ impl Neighbour {
         let apply = ["apply", "--server-side", "--force-conflicts", "-f", "-"];
         let manifests = format!("{namespace}---\n{}", self.manifests()?);
         output_with_input(context.bed.kubectl().args(apply), &manifests)?;
+        // It makes its own certificates. A pod of before sees them when the kubelet next looks, in a minute or two; a new one
+        // at once.
+        let secrets: Api<Secret> = Api::namespaced(context.client.clone(), self.namespace);
+        let has_certificate = |secret: Option<&Secret>| {
+            let data = secret.and_then(|secret| secret.data.as_ref());
+            data.is_some_and(|data| data.get("tls.crt").is_some_and(|file| !file.0.is_empty()))
+        };
+        wait::until(&secrets, self.secret, "holds a certificate", STARTS, has_certificate).await?;
+        let pods = [
+            "delete",
+            "pods",
+            "--all",
+            "--grace-period=1",
+            "--namespace",
+            self.namespace,
+        ];
+        output(context.bed.kubectl().args(pods))?;
         let deployments: Api<Deployment> = Api::namespaced(context.client.clone(), self.namespace);
         let available = wait::deployment_is_available;
         wait::until(&deployments, self.deployment, "is available", STARTS, available).await?;

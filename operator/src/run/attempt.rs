@@ -20,6 +20,9 @@ const QUOTE_CHARS: usize = 512;
 /// How much later than promised a pod may stop before its node is taken for lost.
 const STOP_TOLERANCE: SignedDuration = SignedDuration::from_secs(60);
 
+/// What is said of a queued attempt before Kueue has said anything.
+pub const NOT_SEEN: &str = "Kueue has not seen it yet";
+
 /// How an attempt goes.
 #[derive(Clone, Debug, PartialEq)]
 pub enum State {
@@ -65,7 +68,7 @@ pub fn queued(job: &Job, observed: &Observed) -> Option<State> {
     let (reason, why) = match said {
         Some(said) if said.is_evicted => (Reason::Preempted, said.message.as_str()),
         Some(said) => (Reason::Queued, said.message.as_str()),
-        None => (Reason::Queued, "Kueue has not seen it yet"),
+        None => (Reason::Queued, NOT_SEEN),
     };
     Some(State::Waiting(reason, quote(&format!("in queue {queue}: {why}"))))
 }

@@ -19,6 +19,8 @@ use crate::engine::kind::{Observed, Refusal, Status};
 
 /// How often a running attempt is asked for its progress.
 pub const PROGRESS_PERIOD: Duration = Duration::from_secs(30);
+/// When a queued attempt is looked at again of which Kueue has said nothing.
+const FIRST_WORDS: Duration = Duration::from_secs(2);
 /// Earlier artifacts that a status remembers, so that a digest can pin them.
 const KEPT_ARTIFACTS: usize = 10;
 
@@ -378,7 +380,8 @@ fn published_before(before: &RunStatus) -> String {
 
 fn requeue(phase: &Phase, now: Timestamp) -> Option<Duration> {
     match phase {
-        // What holds it in a queue is said by an object that is not watched.
+        // What holds it in a queue is said by an object that is not watched; its first words come within seconds.
+        Phase::Active(State::Waiting(Reason::Queued, words)) if words.ends_with(attempt::NOT_SEEN) => Some(FIRST_WORDS),
         Phase::Active(State::Running(_) | State::Waiting(Reason::Queued | Reason::Preempted, _)) => {
             Some(PROGRESS_PERIOD)
         }
