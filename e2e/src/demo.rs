@@ -1,7 +1,7 @@
 //! The demo: one real model's whole life on a real cluster, watched.
 //!
 //! ```text
-//! cluster up → images → operator → samples → watch until the endpoint is ready → chat → table → lineage
+//! cluster up → images → operator → samples → watch until the endpoint is ready → chat → table → lineage → load
 //! ```
 
 use std::io::Write as _;
@@ -16,6 +16,7 @@ use serde_json::json;
 
 use crate::bed::command::{self, say};
 use crate::bed::{Bed, slot, volume::Volume};
+use crate::chats::Way;
 use crate::image::catalog;
 use manifests::{Fit, LABEL};
 
@@ -23,6 +24,7 @@ mod forward;
 mod guard;
 mod life;
 mod manifests;
+mod scale;
 mod table;
 
 pub use forward::Forward;
@@ -143,6 +145,12 @@ pub async fn run(cluster: &Cluster) -> Result<()> {
     step(8, "where the endpoint comes from");
     let lineage = ["lineage", "inferenceservice/assistant", "--namespace", NAMESPACE];
     shell_line(&command::output(cluster.strata()?.args(lineage))?);
+    step(9, "a load that one pod cannot hold (about three minutes)");
+    let way = match cluster {
+        Cluster::Bed(_) => Way::to_service(&client, NAMESPACE, "assistant").await?,
+        Cluster::Current { .. } => Way::Proxy(client.clone(), NAMESPACE.into(), "assistant".into()),
+    };
+    scale::play(&client, &way).await?;
     next(cluster, started.elapsed());
     Ok(())
 }
@@ -252,7 +260,7 @@ async fn apply_samples(cluster: &Cluster, fit: &Fit) -> Result<()> {
 }
 
 fn step(number: u8, words: &str) {
-    shell_line(&format!("\n[{number}/8] {words}"));
+    shell_line(&format!("\n[{number}/9] {words}"));
 }
 
 fn next(cluster: &Cluster, elapsed: Duration) {
@@ -274,7 +282,7 @@ fn next(cluster: &Cluster, elapsed: Duration) {
     for line in [
         "kubectl -n strata-demo get strata",
         "kubectl -n strata-demo describe alignmentjob assistant",
-        "kubectl -n strata-demo scale inferenceservice assistant --replicas=1",
+        "kubectl -n strata-demo get inferenceservice assistant -o yaml   # status.autoscale, status.scalingHistory",
         "kubectl -n strata-demo port-forward service/assistant 8000:80 &",
         r#"curl -N localhost:8000/v1/chat/completions -H 'content-type: application/json' -d '{"model":"assistant","stream":true,"temperature":0.2,"messages":[{"role":"user","content":"Hello!"}]}'"#,
     ] {

@@ -7,6 +7,7 @@ pub mod argocd;
 pub mod audit;
 pub mod bed;
 pub mod bench;
+pub mod chats;
 pub mod demo;
 mod dump;
 pub mod fleet;

@@ -58,9 +58,9 @@ pub struct Scaled {
 pub struct Writer {
     /// Its name as a field manager.
     pub name: String,
-    /// When it wrote last.
+    /// Since when it is followed.
     pub at: Timestamp,
-    /// What it wrote.
+    /// What it wrote, within the bounds.
     pub replicas: i32,
 }
 
@@ -132,14 +132,10 @@ pub fn scaled(service: &InferenceService, autoscale: &Autoscale, observed: &Obse
         i32::try_from(settings.most()).unwrap_or(i32::MAX),
     );
     let wanted = i32::try_from(decision.replicas).unwrap_or(i32::MAX).clamp(least, most);
-    let writer = deployment
-        .and_then(another_writer)
-        .filter(|writer| writer.replicas != wanted && now.duration_since(writer.at) < FOLLOWED);
+    let writer = followed(deployment, service.status.as_ref(), (least, most), now).filter(|one| one.replicas != wanted);
     Ok(Scaled {
         min,
-        replicas: writer
-            .as_ref()
-            .map_or(wanted, |writer| writer.replicas.clamp(least, most)),
+        replicas: writer.as_ref().map_or(wanted, |writer| writer.replicas),
         metrics: (round.number > 0).then(|| answers(&fleet, round, &missing)),
         round: round.number,
         decision,
@@ -307,21 +303,51 @@ fn says(load: &Load, figure: Figure) -> bool {
     }
 }
 
-/// Who else set the replicas of the Deployment last.
-fn another_writer(deployment: &Deployment) -> Option<Writer> {
+/// Who else set the replicas of the Deployment, and is still followed. What is written through `/scale` has no time in the
+/// managed fields: then it counts from when the status first told.
+fn followed(
+    deployment: Option<&Deployment>,
+    status: Option<&InferenceServiceStatus>,
+    (least, most): (i32, i32),
+    now: Timestamp,
+) -> Option<Writer> {
+    let told = status
+        .and_then(|status| status.autoscale.as_ref())
+        .filter(|told| told.reason == Reason::AnotherWriter.name());
+    let since = told
+        .and_then(|told| told.changed.as_ref())
+        .map_or(now, |changed| changed.0);
+    let owner = deployment.and_then(another_writer);
+    let writer = match (owner, told) {
+        (None, None) => return None,
+        // Caches have no managed fields, and what was over the bounds was corrected.
+        (None, Some(told)) => Writer {
+            name: told.message.split_whitespace().next().unwrap_or_default().to_owned(),
+            at: since,
+            replicas: told.desired_replicas,
+        },
+        (Some((name, at, replicas)), told) => {
+            let replicas = replicas.clamp(least, most);
+            let is_told = told.is_some_and(|told| told.desired_replicas == replicas);
+            let at = if is_told { since } else { at.unwrap_or(now) };
+            Writer { name, at, replicas }
+        }
+    };
+    Some(writer).filter(|writer| now.duration_since(writer.at) < FOLLOWED)
+}
+
+/// Who else owns the replicas of the Deployment: its name, when it wrote if that is known, and the number.
+fn another_writer(deployment: &Deployment) -> Option<(String, Option<Timestamp>, i32)> {
     let replicas = deployment.spec.as_ref()?.replicas?;
     let entries = deployment.metadata.managed_fields.iter().flatten();
-    let others = entries.filter(|entry| {
+    let mut others = entries.filter(|entry| {
         let fields = entry.fields_v1.as_ref().map(|fields| &fields.0);
         let sets = fields.and_then(|fields| fields.pointer("/f:spec/f:replicas")).is_some();
         sets && entry.manager.as_deref() != Some(FIELD_MANAGER)
     });
-    let last = others.max_by_key(|entry| entry.time.as_ref().map(|time| time.0))?;
-    Some(Writer {
-        name: last.manager.clone().unwrap_or_default(),
-        at: last.time.as_ref()?.0,
-        replicas,
-    })
+    let other = others.next()?;
+    let name = other.manager.clone().unwrap_or_default();
+    Some((name, other.time.as_ref().map(|time| time.0), replicas))
 }
 
 /// What was learned before; what does not read is learned again.

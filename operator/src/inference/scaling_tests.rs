@@ -311,6 +311,50 @@ fn another_writer_is_named_and_followed_for_a_while_so_that_no_pods_start_and_st
 }
 
 #[test]
+fn what_is_written_through_scale_has_no_time_and_is_followed_from_when_it_was_first_seen() {
+    let mut service = service(json!({}));
+    reported(&mut service, &observed(&[load(0.3)], ours(1), NOW), NOW);
+    let mut theirs = deployment(3, "kubectl", 0);
+    for entry in theirs.metadata.managed_fields.iter_mut().flatten() {
+        entry.time = None;
+    }
+    for (second, wanted, effective) in [
+        (5, 3, "AnotherWriter"),
+        (200, 3, "AnotherWriter"),
+        (310, 1, "ScalingActive"),
+    ] {
+        let mut seen = observed(&[load(0.1)], theirs.clone(), NOW + second);
+        let decided = serving(&service, &observed(&[load(0.3)], ours(1), NOW))
+            .scaled
+            .expect("scaled")
+            .decision;
+        seen.scaling.as_mut().expect("just set").decided = Some((0, decided));
+        // A cache, which has no managed fields, leads to the same once the status tells.
+        let mut cached = Observed {
+            deployment: Some(ours(3)),
+            ..seen.clone()
+        };
+        if second > 5 {
+            cached.deployment.as_mut().expect("just set").metadata.managed_fields = None;
+            assert_eq!(
+                serving(&service, &cached).replicas,
+                wanted,
+                "after {second} s, from a cache"
+            );
+        }
+        assert_eq!(serving(&service, &seen).replicas, wanted, "after {second} s");
+        let (status, _, reason) = reported(&mut service, &seen, NOW + second);
+        assert_eq!(reason, effective, "after {second} s");
+        let named = status
+            .run_status
+            .conditions
+            .iter()
+            .any(|condition| condition.message.contains("kubectl"));
+        assert_eq!(named, effective == "AnotherWriter");
+    }
+}
+
+#[test]
 fn a_change_is_told_with_its_figures_and_nothing_is_written_while_nothing_changes() {
     let mut service = service(json!({}));
     let calm = || observed(&[load(0.3)], ours(1), NOW);
