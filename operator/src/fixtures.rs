@@ -22,6 +22,7 @@ pub fn at(second: i64) -> Timestamp {
 pub fn env() -> Env {
     Env {
         runtime_image: IMAGE.into(),
+        runtime_image_cuda: None,
         default_storage: Some("pvc://artifacts".parse().expect("a valid uri")),
     }
 }

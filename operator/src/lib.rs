@@ -16,6 +16,7 @@ mod fixtures;
 pub mod inference;
 pub mod leader;
 pub mod metrics;
+pub mod placement;
 pub mod pretrain;
 pub mod run;
 pub mod server;

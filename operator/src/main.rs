@@ -1,6 +1,7 @@
 //! `strata-operator`: parse arguments, join the election, run until told to stop.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,11 +19,13 @@ use strata_operator::engine::events::Recorder;
 use strata_operator::engine::guard::{GuardLayer, Leadership};
 use strata_operator::engine::index::Index;
 use strata_operator::engine::kind::Env;
+use strata_operator::engine::nodes::Nodes;
 use strata_operator::engine::progress::Poller;
 use strata_operator::engine::reconcile::Context;
 use strata_operator::engine::watch::{Started, Wake, Watches, start};
 use strata_operator::leader::{Election, Times};
 use strata_operator::metrics::Metrics;
+use strata_operator::placement::Table;
 use strata_operator::server::{Shown, router};
 use tokio::net::TcpListener;
 use tokio::runtime::Handle;
@@ -44,6 +47,12 @@ struct Arguments {
     /// Image of the pods that new runs start. Runs that have begun keep theirs.
     #[arg(long, env = "STRATA_RUNTIME_IMAGE")]
     runtime_image: String,
+    /// Image of the pods that run on NVIDIA's GPUs; without, such runs are refused.
+    #[arg(long, env = "STRATA_RUNTIME_IMAGE_CUDA")]
+    runtime_image_cuda: Option<String>,
+    /// What is added to the accelerator table: accelerators, pools that may be at zero, prices (YAML).
+    #[arg(long, value_name = "FILE")]
+    accelerators: Option<PathBuf>,
     /// Where results are published if a resource does not say: pvc://CLAIM/FOLDER.
     #[arg(long, env = "STRATA_DEFAULT_STORAGE")]
     default_storage: Option<Uri>,
@@ -118,6 +127,10 @@ fn launch(arguments: Arguments) -> anyhow::Result<()> {
 async fn run(arguments: Arguments, elections: &Handle) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("no signals can be received")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("no signals can be received")?;
+    let table = match &arguments.accelerators {
+        Some(file) => Table::open(file).with_context(|| format!("--accelerators {}", file.display()))?,
+        None => Table::default(),
+    };
     let metrics = Arc::new(Metrics::new().context("the metrics clash")?);
     let ready = Arc::new(AtomicBool::new(false));
     let listener = TcpListener::bind(arguments.metrics_addr)
@@ -182,10 +195,12 @@ async fn run(arguments: Arguments, elections: &Handle) -> anyhow::Result<()> {
         client: client.clone(),
         env: Env {
             runtime_image: arguments.runtime_image,
+            runtime_image_cuda: arguments.runtime_image_cuda,
             default_storage: arguments.default_storage,
         },
         caches: Caches::default(),
         index: index.clone(),
+        fleet: Nodes::new(Arc::new(table)),
         failures: Failures::default(),
         poller: Poller::new(wake.clone()),
         scraper: Scraper::new(wake.clone()).context("no TLS to ask pods with")?,

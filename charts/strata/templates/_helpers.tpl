@@ -35,3 +35,11 @@ matchNames: [{{ .Values.watchNamespace }}]
 any: true
 {{- end -}}
 {{- end -}}
+
+{{- /* The additions as the operator's flag --accelerators reads them. */ -}}
+{{- define "strata.accelerators" -}}
+{{- $more := dict -}}
+{{- with .Values.accelerators }}{{ $_ := set $more "accelerators" . }}{{ end -}}
+{{- with .Values.pools }}{{ $_ := set $more "pools" . }}{{ end -}}
+{{ toYaml $more }}
+{{- end -}}

@@ -9,6 +9,8 @@ use kube::core::cel::{Message, Rule};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::Hardware;
+
 /// Rule of a union: exactly one of `fields` is set.
 ///
 /// The message is a choice between whole texts: the server cannot bound what `string(int)` costs and would refuse the CRD.
@@ -303,6 +305,9 @@ pub struct Common {
     /// Who decides when work begins; without, it begins at once.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scheduler: Option<crate::Scheduler>,
+    /// What the pods compute on. Of an InferenceService: the serving pods; what prepares the weights needs a CPU only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hardware: Option<Hardware>,
     /// Settings of the pods.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pod: Option<PodOverrides>,

@@ -7,6 +7,8 @@ use strata_contract::FailureReason;
 pub enum ConditionType {
     /// The spec can be carried out here.
     Accepted,
+    /// There are nodes of the shape that `spec.hardware` asks for; absent without it. Fullness is not judged.
+    Placed,
     /// Everything that the run reads was published or is a plain URI.
     InputsReady,
     /// The current run published its artifact.
@@ -26,6 +28,7 @@ impl ConditionType {
     pub fn name(self) -> &'static str {
         match self {
             Self::Accepted => "Accepted",
+            Self::Placed => "Placed",
             Self::InputsReady => "InputsReady",
             Self::Succeeded => "Succeeded",
             Self::MetricsAvailable => "MetricsAvailable",
@@ -84,6 +87,11 @@ reasons! {
     StorageMissing False "Neither spec.storage nor the operator's default says where to publish: set one.",
     EngineUnsupported False "The engine cannot do this here: the message names what can.",
     ReferenceCycle False "The resource depends on itself through its references; the message names the circle: break it.",
+    Fits True "Nodes of the shape that spec.hardware asks for are there; the message names their pool.",
+    WaitingForNodes Unknown "No node has the shape now; the message says whether a pool that may grow would do, or what is wrong with the nodes that would.",
+    NodesUnknown Unknown "The operator serves one namespace and may not read nodes, and no pool is declared: whether anything fits is seen when the pod is scheduled.",
+    NoNodeFits False "No node and no declared pool has the shape that spec.hardware asks for; the message says what is there and what would fit: change spec.hardware, or add nodes.",
+    ImageMissing False "The operator has no runtime image for that accelerator: set the flag or the chart's value that the message names.",
     InputsResolved True "Every input is published.",
     ReferenceNotFound Unknown "A referenced resource does not exist (yet): apply it, or correct the name.",
     DigestNotFound False "The referenced resource did not publish the pinned digest, or more than ten publications ago: correct it or leave it out.",

@@ -22,6 +22,9 @@ pub struct RunStatus {
     /// What was published before, the newest first, at most 10: a digest in a reference pins any of them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub previous_artifacts: Vec<ArtifactStatus>,
+    /// Where the pods go and what is expected of that, where `spec.hardware` is set.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub placement: Option<PlacementStatus>,
     /// The run that is under way or that was the last.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub run: Option<RunInfo>,
@@ -53,6 +56,46 @@ pub struct ArtifactStatus {
     pub run_id: String,
 }
 
+/// Where pods go, and what is expected of that before they start. Estimates; docs/placement.md has the formulas.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct PlacementStatus {
+    /// Name of the accelerator.
+    pub accelerator: String,
+    /// The pool that has, or may grow to, such nodes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool: Option<String>,
+    /// Nodes taken together.
+    pub nodes: i32,
+    /// Accelerators on each of them; absent on processors.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub accelerators_per_node: Option<i32>,
+    /// How the work is spread over several accelerators.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parallelism: Option<String>,
+    /// Memory that one accelerator needs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub needed_bytes: Option<i64>,
+    /// Memory that one has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub available_bytes: Option<i64>,
+    /// Length of the run in hours.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub estimated_hours: Option<String>,
+    /// What the run costs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub estimated_cost: Option<String>,
+    /// Price of all nodes together; of an InferenceService: of those of one replica.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub price_per_hour: Option<String>,
+    /// Currency of price and cost.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub currency: Option<String>,
+    /// What the length was worked out from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub assumption: Option<String>,
+}
+
 /// A run and its attempts.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
@@ -68,6 +111,9 @@ pub struct RunInfo {
     pub interruptions: Option<i32>,
     /// Image that the run is pinned to.
     pub image: String,
+    /// Accelerator that the image is for, where `spec.hardware` names one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub accelerator: Option<String>,
     /// Job of the current attempt.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub job: Option<String>,

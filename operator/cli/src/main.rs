@@ -7,6 +7,7 @@ mod lineage;
 mod lint;
 mod logs;
 mod output;
+mod plan;
 mod resource;
 mod status;
 mod tree;
@@ -27,6 +28,9 @@ struct Arguments {
 enum Command {
     /// Judges manifests as the API server would, without one. Exits 1 if it would refuse any, 2 if one cannot be read.
     Lint(lint::Arguments),
+    /// Says what the operator would of hardware before anything starts: nodes, memory, price, or what would fit. Exits 1 if
+    /// something fits nowhere, 2 if a file cannot be read.
+    Plan(plan::Arguments),
     /// Shows the resources of a namespace as a tree: what waits for what, how far it is, what holds it up.
     Status(status::Arguments),
     /// Shows what an artifact was made from: each input by digest, back to the raw files.
@@ -55,6 +59,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     let outcome = match arguments.command {
         Command::Lint(arguments) => return lint::run(&arguments),
+        Command::Plan(arguments) => return plan::run(&arguments),
         Command::Status(arguments) => run(status::run(arguments)),
         Command::Lineage(arguments) => run(lineage::run(arguments)),
         Command::Logs(arguments) => run(logs::run(arguments)),

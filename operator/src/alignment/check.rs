@@ -4,9 +4,10 @@ use strata_api::{AlignmentJob, Common};
 use strata_contract::{AlignConfig, AlignEvaluation, AlignMethod, AlignTraining, Input, Lora, Stage, Task};
 
 use crate::engine::kind::{Observed, Ref, ResourceKind};
+use crate::placement::preflight::{ModelShape, Work};
 use crate::pretrain::check::{learning_rate, schedule};
 use crate::run::check::{checkpoint, decimal, gates, unsigned};
-use crate::run::{Engine, InputRef, RunKind, Runs};
+use crate::run::{Engine, InputRef, RunKind, Runs, Source};
 use crate::workload::pod::Sizes;
 
 /// Tokens of held-out text where the spec does not say.
@@ -35,6 +36,31 @@ impl Runs for AlignmentJob {
             engine.and_then(|engine| engine.candle.as_ref()),
             engine.and_then(|engine| engine.container.as_ref()),
         )
+    }
+
+    fn work(&self, observed: &Observed) -> Work {
+        let spec = &self.spec;
+        let base = InputRef::model("base", &spec.base).and_then(|input| match input.source {
+            Source::Artifact { from, .. } => observed.upstream.get(&from),
+            Source::Plain(_) => None,
+        });
+        let Some(model) = base.and_then(|base| base.shape) else {
+            return Work::Other;
+        };
+        let rank = u64::from(spec.adapter.lora.rank.unsigned_abs());
+        // Two thin matrices beside each of the seven of a layer.
+        let kv = model.hidden / model.heads.max(1) * model.kv_heads;
+        let sides = 2 * (2 * model.hidden) + 2 * (model.hidden + kv) + 3 * (model.hidden + model.intermediate);
+        let training = &spec.training;
+        Work::Train {
+            model: ModelShape {
+                context: training.max_pair_tokens.unsigned_abs().into(),
+                ..model
+            },
+            // A pair is two sequences, each at most that long.
+            tokens: u64::from(training.pairs.unsigned_abs()) * 2 * u64::from(training.max_pair_tokens.unsigned_abs()),
+            adapter: Some(model.layers * sides * rank),
+        }
     }
 
     /// The base first, then the text for the alignment tax, if any, then the preferences.

@@ -95,6 +95,10 @@ impl Runs for Dataset {
         }))
     }
 
+    fn vocab_size(&self) -> Option<u32> {
+        u32::try_from(self.spec.encode.as_ref()?.tokenizer.train.vocab_size).ok()
+    }
+
     fn dataset(&self) -> Option<(Task, bool)> {
         Some((self.spec.task, self.spec.encode.is_some()))
     }

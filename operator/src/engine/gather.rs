@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;
+use std::sync::Arc;
 
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::batch::v1::Job;
@@ -146,6 +147,7 @@ pub async fn gather<K: Kind>(
         queue,
         has_jobset,
         refused: Refused::default(),
+        fleet: Arc::default(),
     })
 }
 

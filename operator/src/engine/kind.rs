@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use k8s_openapi::NamespaceResourceScope;
@@ -23,6 +24,8 @@ use strata_contract::{Progress, Task, Uri};
 use super::cache::Cached;
 use crate::autoscale::policy::Decision;
 use crate::autoscale::scrape::{Questions, Scaling};
+use crate::placement::preflight::ModelShape;
+use crate::placement::{Fleet, Misfit};
 
 /// The four kinds, in the order of a model's life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -93,6 +96,8 @@ pub struct Key {
 pub struct Env {
     /// Image of new runs.
     pub runtime_image: String,
+    /// Image of new runs and replicas on NVIDIA's GPUs.
+    pub runtime_image_cuda: Option<String>,
     /// Where results are published if the resource does not say.
     pub default_storage: Option<Uri>,
 }
@@ -110,6 +115,10 @@ pub struct Upstream {
     pub refs: Vec<Ref>,
     /// Of a Dataset: what its records are and whether it makes token files.
     pub dataset: Option<(Task, bool)>,
+    /// Of a Dataset: size of the vocabulary that it trains.
+    pub vocab_size: Option<u32>,
+    /// Of a PretrainJob: the shape of its model, but for the vocabulary.
+    pub shape: Option<ModelShape>,
 }
 
 /// What the server said about the surroundings of a resource.
@@ -139,6 +148,8 @@ pub struct Observed {
     pub has_jobset: bool,
     /// What the server did not take of what was planned.
     pub refused: Refused,
+    /// What is known of the cluster's hardware.
+    pub fleet: Arc<Fleet>,
 }
 
 /// What Kueue says about a Job that it keeps in its queue.
@@ -262,6 +273,8 @@ pub enum Refusal {
     Spec(Reason, String),
     /// An input is not there (yet): condition InputsReady.
     Inputs(Reason, String),
+    /// No hardware of the cluster fits (now): condition Placed.
+    Placement(Misfit),
 }
 
 /// The status to write, what to say about it, and when to look again without being told.
@@ -323,7 +336,7 @@ pub trait Kind:
     /// What it refers to.
     fn refs(&self) -> Vec<Ref>;
 
-    /// Nodes of its attempts.
+    /// Nodes of its attempts, or more where only the nodes say it.
     fn nodes(&self) -> u32;
 
     /// What those that refer to it see of it.

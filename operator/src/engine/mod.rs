@@ -10,6 +10,7 @@ pub mod index;
 pub mod jobsets;
 pub mod kind;
 pub mod kueue;
+pub mod nodes;
 pub mod progress;
 pub mod queue;
 pub mod reconcile;

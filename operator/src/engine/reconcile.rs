@@ -18,6 +18,7 @@ use super::gather::{Source, gather};
 use super::guard::NotLeading;
 use super::index::Index;
 use super::kind::{Env, Key, Kind, Observed, Planned, Refusal, Status};
+use super::nodes::Nodes;
 use super::progress::Poller;
 use super::{status, work};
 use crate::autoscale::scrape::Scraper;
@@ -43,6 +44,8 @@ pub struct Context {
     pub index: Arc<Index>,
     /// Who failed how often.
     pub failures: Failures,
+    /// What nodes there are.
+    pub fleet: Nodes,
     /// Asks pods for their progress.
     pub poller: Poller,
     /// Asks serving pods for their metrics.
@@ -136,6 +139,7 @@ async fn step<K: Kind>(key: &Key, context: &Context) -> Result<Option<Duration>,
 
     let transitions = status::all_transitions(resource.status(), &outcome.status);
     context.metrics.ready(key, status::ready(&outcome.status));
+    context.fleet.wait(key, status::waits_for_nodes(&outcome.status));
     if status::write(&context.client, &context.caches, &resource, outcome.status).await? {
         context.metrics.status_written(key.kind);
         status::publish(&context.recorder, &resource, &transitions).await;
@@ -176,6 +180,7 @@ async fn decide<K: Kind>(source: Source<'_>, key: &Key, context: &Context) -> Re
     }
     let mut observed = gather(&context.client, source, key, &resource, &context.poller).await?;
     observed.scaling = context.scraper.look(key, resource.questions(&observed.pods));
+    observed.fleet = context.fleet.now();
     let checked = resource.check(&observed, &context.env);
     let now = Timestamp::now();
     let planned = resource.plan(&checked, &observed, now);
@@ -227,6 +232,7 @@ fn resync(key: &Key) -> Duration {
 /// Drops what is kept in memory about a resource that is gone.
 pub fn forget(key: &Key, context: &Context) {
     context.index.remove(key);
+    context.fleet.wait(key, false);
     context.metrics.forget(key);
     context.failures.clear(key);
     context.caches.forget(key);

@@ -4,7 +4,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::api::PostParams;
 use kube::core::object::HasStatus;
 use kube::{Api, Client, Resource, ResourceExt};
-use strata_api::{AttemptOutcome, RunStatus, Verdict};
+use strata_api::{AttemptOutcome, ConditionType, RunStatus, Verdict};
 
 use super::apply::FIELD_MANAGER;
 use super::cache::{Caches, place};
@@ -136,6 +136,14 @@ pub async fn publish<K: Resource<DynamicType = ()>>(recorder: &Recorder, resourc
             tracing::warn!(%error, reason = transition.reason, "an Event was lost");
         }
     }
+}
+
+/// Whether other nodes could change what is said.
+pub fn waits_for_nodes<S: Status>(status: &S) -> bool {
+    let conditions = &status.run_status().conditions;
+    conditions
+        .iter()
+        .any(|condition| condition.type_ == ConditionType::Placed.name() && condition.status != "True")
 }
 
 /// What Ready says, for metrics.

@@ -39,6 +39,7 @@ fn context(server: &Arc<Server>, leads: bool) -> Context {
         env: env(),
         caches: Caches::default(),
         index: Arc::default(),
+        fleet: super::nodes::Nodes::default(),
         failures: Failures::default(),
         poller: Poller::new(Wake::default()),
         scraper: Scraper::new(Wake::default()).expect("a client"),

@@ -30,7 +30,7 @@ use crate::metrics::Metrics;
 use crate::workload::labels;
 
 /// A watch is renewed before load balancers cut it (AKS after 240 s without traffic).
-const WATCH_TIMEOUT_SECONDS: u32 = 200;
+pub(super) const WATCH_TIMEOUT_SECONDS: u32 = 200;
 /// Objects in a page of a list: with all types at once, what is read at a time stays within some MiB.
 const PAGE_SIZE: u32 = 100;
 /// Reconciles of one kind at a time. They wait for the server most of the time.
@@ -170,7 +170,10 @@ async fn run<K: Kind>(context: Arc<Context>, wake: Wake, mut stop: watch::Receiv
     let mut stopped = pin!(stopped);
     tokio::select! {
         () = &mut stopped => return,
-        () = context.caches.filled() => {}
+        () = async {
+            context.caches.filled().await;
+            context.fleet.filled().await;
+        } => {}
     }
     loop {
         let key = tokio::select! {
@@ -228,6 +231,18 @@ pub fn start(context: &Arc<Context>, watches: &Watches, stop: &watch::Receiver<b
     started.children::<apps::Deployment>(context, watches);
     started.children::<core::Service>(context, watches);
     started.children::<policy::PodDisruptionBudget>(context, watches);
+    match watches.namespace {
+        None => drop(
+            started.watches.spawn(
+                context
+                    .fleet
+                    .clone()
+                    .watch(watches.client.clone(), watches.wake.clone()),
+            ),
+        ),
+        // Nodes belong to the cluster: an operator of one namespace may not read them.
+        Some(_) => context.fleet.unknown(),
+    }
     started
 }
 

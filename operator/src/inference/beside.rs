@@ -113,6 +113,8 @@ pub fn check(service: &InferenceService, observed: &Observed) -> Result<Beside, 
                 None => draft = Some(found),
             },
             Err(Refusal::Spec(_, message)) => return Err(message),
+            // Inputs have no place of their own; a placement is not judged there.
+            Err(Refusal::Placement(misfit)) => return Err(misfit.message),
             Err(Refusal::Inputs(reason, message)) => {
                 let message = format!("{message}; until then the pods serve without it");
                 beside.missing.get_or_insert((reason, message));

@@ -1,12 +1,14 @@
 //! From an InferenceService's spec to the preparing run and the settings of the serving pods.
 
-use strata_api::{Common, InferenceService, KvCacheDtype, PodOverrides, Reason, SecretKey};
+use strata_api::{Common, Hardware, InferenceService, KvCacheDtype, PodOverrides, Reason, SecretKey};
 use strata_contract::{Input, QuantizationFormat, QuantizeConfig, Stage};
 
 use super::beside::{self, Beside};
 use super::container::Container;
 use super::scale::{Scaled, scaled};
 use crate::engine::kind::{Env, Observed, Refusal, ResourceKind};
+use crate::placement::preflight::Work;
+use crate::placement::{self, Misfit, Preflight, Wants};
 use crate::run::check::{check as check_run, check_pod, gates, unsigned};
 use crate::run::{Engine, InputRef, Order, Runs};
 use crate::workload::pod::Sizes;
@@ -44,6 +46,11 @@ impl Runs for InferenceService {
         Ok(Engine::Own("candle"))
     }
 
+    /// The preparing run needs a processor only; `spec.hardware` is about the serving pods.
+    fn hardware(&self) -> Option<&Hardware> {
+        None
+    }
+
     fn inputs(&self) -> Vec<InputRef> {
         InputRef::model("model", &self.spec.model).into_iter().collect()
     }
@@ -77,6 +84,8 @@ pub struct Serving {
     pub pod: PodOverrides,
     /// Image, unless the run that published has another.
     pub image: String,
+    /// Where the pods go, and the image that computes there; absent without `spec.hardware`.
+    pub placement: Option<Result<(Preflight, String), Misfit>>,
     /// Number of pods; 0 while suspended.
     pub replicas: i32,
     /// What led to that number, where it follows what pods say.
@@ -125,16 +134,19 @@ impl Serving {
 
     /// What a serving pod asks for, given the size of the served file.
     pub fn sizes(&self, artifact_bytes: u64) -> Sizes {
-        let mib = |bytes: u64| bytes.div_ceil(1 << 20);
-        let beside = mib(self.beside.bytes(artifact_bytes));
-        let needed = SERVE_BASE_MIB + mib(self.kv_cache_bytes) + mib(artifact_bytes) + beside;
-        let clamp = |mib: u64| u32::try_from(mib).unwrap_or(u32::MAX);
-        Sizes {
-            cpu_millis: 250,
-            memory_mib: clamp(needed),
-            // Mapped weights count as page cache; the working memory of long prompts needs room beside them.
-            memory_limit_mib: clamp(needed * 2),
-        }
+        sizes(self.kv_cache_bytes, artifact_bytes, self.beside.bytes(artifact_bytes))
+    }
+}
+
+fn sizes(kv_cache_bytes: u64, artifact_bytes: u64, beside_bytes: u64) -> Sizes {
+    let mib = |bytes: u64| bytes.div_ceil(1 << 20);
+    let needed = SERVE_BASE_MIB + mib(kv_cache_bytes) + mib(artifact_bytes) + mib(beside_bytes);
+    let clamp = |mib: u64| u32::try_from(mib).unwrap_or(u32::MAX);
+    Sizes {
+        cpu_millis: 250,
+        memory_mib: clamp(needed),
+        // Mapped weights count as page cache; the working memory of long prompts needs room beside them.
+        memory_limit_mib: clamp(needed * 2),
     }
 }
 
@@ -162,10 +174,73 @@ pub fn check(service: &InferenceService, observed: &Observed, env: &Env) -> Resu
     })
 }
 
-fn serving(service: &InferenceService, observed: &Observed, env: &Env) -> Result<Serving, String> {
-    let cache = service.spec.kv_cache.clone().unwrap_or_default();
-    let kv_cache_bytes = match &cache.memory {
-        None => DEFAULT_KV_CACHE_BYTES,
+/// Where the serving pods go.
+fn place(
+    service: &InferenceService,
+    observed: &Observed,
+    env: &Env,
+) -> Result<Option<Result<(Preflight, String), Misfit>>, String> {
+    if service.spec.common.hardware.is_none() {
+        return Ok(None);
+    }
+    let placed = wants(service, observed)?
+        .preflight(&observed.fleet)
+        .and_then(|preflight| {
+            // A container has the user's image.
+            let image = match Container::wanted(service) {
+                Some(container) => container.image.clone(),
+                None => placement::image(Some(&preflight.placement), env)?,
+            };
+            Ok((preflight, image))
+        });
+    match placed {
+        Err(misfit) if misfit.reason == Reason::SpecInvalid => Err(misfit.message),
+        placed => Ok(Some(placed)),
+    }
+}
+
+/// What the serving pods ask for and compute.
+///
+/// # Errors
+/// A sentence that names a field.
+pub fn wants(service: &InferenceService, observed: &Observed) -> Result<Wants, String> {
+    let spec = &service.spec;
+    let cache = cache_bytes(service)?;
+    let published = service
+        .status
+        .as_ref()
+        .and_then(|status| status.run_status.artifact.as_ref());
+    let published = published.and_then(|artifact| u64::try_from(artifact.bytes).ok());
+    let weights = published.or_else(|| {
+        let shape = crate::run::refs(service)
+            .iter()
+            .find_map(|to| observed.upstream.get(to)?.shape)?;
+        // Bits a weight of each format: its blocks with their scales.
+        let bits = match spec.quantization.unwrap_or(QuantizationFormat::Q8_0) {
+            QuantizationFormat::Q8_0 => 17,
+            QuantizationFormat::Q4_0 | QuantizationFormat::Q4_K => 9,
+            QuantizationFormat::F16 => 32,
+        };
+        Some(shape.parameters() * bits / 16)
+    });
+    let weights = weights.unwrap_or(0);
+    Ok(Wants {
+        hardware: spec.common.hardware.clone(),
+        pod: spec.common.pod.clone().unwrap_or_default(),
+        // What is loaded beside the model is at most more: what is refused here is refused for certain.
+        sizes: sizes(cache, weights, 0),
+        engine: match Container::wanted(service) {
+            Some(_) => placement::Engine::Container,
+            None => placement::Engine::Candle,
+        },
+        work: Work::Serve { weights, cache },
+    })
+}
+
+/// Memory of the cache of keys and values.
+fn cache_bytes(service: &InferenceService) -> Result<u64, String> {
+    match service.spec.kv_cache.as_ref().and_then(|cache| cache.memory.as_ref()) {
+        None => Ok(DEFAULT_KV_CACHE_BYTES),
         Some(text) => quantity::bytes(&text.0)
             .filter(|bytes| *bytes >= MIN_KV_CACHE_BYTES)
             .ok_or_else(|| {
@@ -173,8 +248,12 @@ fn serving(service: &InferenceService, observed: &Observed, env: &Env) -> Result
                     "spec.kvCache.memory must be a size of at least 1Mi, such as 256Mi; got {}",
                     text.0
                 )
-            })?,
-    };
+            }),
+    }
+}
+
+fn serving(service: &InferenceService, observed: &Observed, env: &Env) -> Result<Serving, String> {
+    let cache = service.spec.kv_cache.clone().unwrap_or_default();
     // Before anything is rolled out: what is refused leaves the pods that serve as they are.
     let pod = service.spec.common.pod.clone().unwrap_or_default();
     check_pod(&pod)?;
@@ -192,13 +271,14 @@ fn serving(service: &InferenceService, observed: &Observed, env: &Env) -> Result
     Ok(Serving {
         pod,
         image: env.runtime_image.clone(),
+        placement: place(service, observed, env)?,
         replicas,
         scaled,
         is_suspended: suspend,
         api_keys: service.spec.auth.as_ref().map(|auth| auth.secret.clone()),
         tls_secret: service.spec.tls.as_ref().map(|tls| tls.secret_name.clone()),
         block_tokens: unsigned("spec.kvCache.blockTokens", cache.block_tokens.unwrap_or(16))?,
-        kv_cache_bytes,
+        kv_cache_bytes: cache_bytes(service)?,
         kv_cache_dtype: cache.dtype.unwrap_or_default(),
         prefix_caching: cache.prefix_caching.unwrap_or(true),
         drain_seconds: drain_seconds(service)?,

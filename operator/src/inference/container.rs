@@ -11,6 +11,7 @@ use strata_contract::{Input, MODEL_DIGEST_ENV, MODEL_DIR, MODEL_NAME_ENV, MODEL_
 
 use super::check::Serving;
 use crate::engine::kind::{Env, Observed, Planned, Refusal, ResourceKind};
+use crate::placement::Placement;
 use crate::run::check::{check_name, check_pod, resolve_all};
 use crate::run::conditions::Finding;
 use crate::run::plan;
@@ -166,7 +167,14 @@ impl Container {
     }
 
     /// The serving pods.
-    pub fn pods(&self, name: &str, serving: &Serving, model: &Model, there: Option<&Deployment>) -> PodTemplateSpec {
+    pub fn pods(
+        &self,
+        name: &str,
+        serving: &Serving,
+        placement: Option<&Placement>,
+        model: &Model,
+        there: Option<&Deployment>,
+    ) -> PodTemplateSpec {
         let mut claims = Claims::default();
         claims.read(&model.uri);
         let mut labels = labels::common(ResourceKind::InferenceService, name, labels::SERVE);
@@ -203,6 +211,7 @@ impl Container {
             },
             grace_seconds: DEREGISTER_SECONDS + serving.drain_seconds,
             restart_policy: None,
+            placement,
             overrides: &serving.pod,
         });
         for container in template.spec.iter_mut().flat_map(|spec| &mut spec.containers) {
@@ -280,7 +289,7 @@ pub fn judge(service: &InferenceService, container: &Container) -> Judged {
         Err(refusal) => {
             return Judged {
                 status,
-                findings: report::refused(refusal, None),
+                findings: report::refused(service, refusal, None, &Observed::default()),
                 requeue: None,
             };
         }

@@ -23,7 +23,7 @@ use crate::autoscale::scrape::Questions;
 use crate::engine::kind::{Env, Kind, Observed, Outcome, Planned, Ref, Refusal, ResourceKind, Upstream};
 use crate::run;
 
-pub use check::Checked;
+pub use check::{Checked, wants};
 pub use scaling::observed;
 
 impl Kind for InferenceService {

@@ -13,8 +13,11 @@ use strata_api::{InferenceService, KvCacheDtype, RunStatus};
 use strata_contract::{SERVE_PORT, Uri};
 
 use super::check::Serving;
+use super::phase::{is_ready, serving_pods};
 use super::{Checked, container};
 use crate::engine::kind::{Observed, Planned, Refusal, ResourceKind, Wanted};
+use crate::placement::schedule::avoided;
+use crate::placement::{Family, Placement, Preflight};
 use crate::run;
 use crate::run::phase::{Ledger, Phase, phase};
 use crate::workload::deployment::Probes;
@@ -48,21 +51,45 @@ pub fn plan(
     };
     let none = RunStatus::default();
     let status = resource.status.as_ref().map_or(&none, |status| &status.run_status);
+    let name = resource.name_any();
+    let serving = &checked.serving;
     let (mut planned, template) = match &checked.container {
         Some(container) => {
             let there = observed.deployment.as_ref();
-            let pods = |model| container.pods(&resource.name_any(), &checked.serving, &model, there);
-            (container::plan(observed), container.served(status).map(pods))
+            let pods = |model: container::Model| {
+                let place = place(serving, observed, &model.identity())?;
+                Some(container.pods(
+                    &name,
+                    serving,
+                    place.as_ref().map(|(placement, _)| placement),
+                    &model,
+                    there,
+                ))
+            };
+            (container::plan(observed), container.served(status).and_then(pods))
         }
         None => {
+            let pods = |mut served: Served| {
+                let place = place(serving, observed, &served.digest)?;
+                if let Some((placement, image)) = &place
+                    && placement.family != Family::Cpu
+                    && !serves_on(observed, &placement.accelerator, &served.digest)
+                {
+                    served.image = image.clone();
+                }
+                Some(pods(
+                    &name,
+                    serving,
+                    place.as_ref().map(|(placement, _)| placement),
+                    &served,
+                ))
+            };
             let served = served(resource, checked, observed, now);
-            let pods = |served| pods(&resource.name_any(), &checked.serving, &served);
             let planned = run::plan::plan(resource, checked.order.as_ref(), observed, now);
-            (planned, served.map(pods))
+            (planned, served.and_then(pods))
         }
     };
     let Some(template) = template else { return planned };
-    let name = resource.name_any();
     let owner = run::check::owner(resource);
     let metadata = ObjectMeta {
         name: Some(name.clone()),
@@ -173,7 +200,58 @@ fn image_serving(deployment: &Deployment, digest: &str) -> Option<String> {
     image.filter(|_| serves == digest)
 }
 
-fn pods(name: &str, serving: &Serving, served: &Served) -> PodTemplateSpec {
+/// Where the pods that serve `digest` go, and the image for it; without `spec.hardware`, nothing is said. `None`: they fit
+/// nowhere. What serves goes on then, and nothing new is started.
+fn place(serving: &Serving, observed: &Observed, digest: &str) -> Option<Option<(Placement, String)>> {
+    match &serving.placement {
+        None => Some(None),
+        Some(Err(_)) => None,
+        Some(Ok((Preflight { placement, .. }, image))) => {
+            Some(Some((settled(placement, observed, digest), image.clone())))
+        }
+    }
+}
+
+/// Whether the Deployment serves `digest` on `accelerator` already: then its image is that accelerator's.
+fn serves_on(observed: &Observed, accelerator: &str, digest: &str) -> bool {
+    annotations(observed).is_some_and(|annotations| {
+        annotations.get(labels::DIGEST).map(String::as_str) == Some(digest)
+            && annotations.get(labels::ACCELERATOR).map(String::as_str) == Some(accelerator)
+    })
+}
+
+fn annotations(observed: &Observed) -> Option<&BTreeMap<String, String>> {
+    let template = &observed.deployment.as_ref()?.spec.as_ref()?.template;
+    template.metadata.as_ref()?.annotations.as_ref()
+}
+
+/// The placement with the nodes to avoid that the pods already avoid: a node that falls ill or gets well restarts no pod
+/// that answers. The list is made anew when the pods change anyway, and when one that does not answer is on a sick node
+/// (or waits for a place).
+fn settled(placement: &Placement, observed: &Observed, digest: &str) -> Placement {
+    let spec = observed
+        .deployment
+        .as_ref()
+        .and_then(|deployment| deployment.spec.as_ref());
+    let before = avoided(spec.and_then(|spec| spec.template.spec.as_ref()?.affinity.as_ref()));
+    let is_stuck = serving_pods(&observed.pods)
+        .into_iter()
+        .filter(|pod| !is_ready(pod))
+        .any(|pod| {
+            let node = pod.spec.as_ref().and_then(|spec| spec.node_name.as_ref());
+            node.is_none_or(|node| placement.avoid.contains(node))
+        });
+    let avoid = match serves_on(observed, &placement.accelerator, digest) && !is_stuck {
+        true => before,
+        false => placement.avoid.clone(),
+    };
+    Placement {
+        avoid,
+        ..placement.clone()
+    }
+}
+
+fn pods(name: &str, serving: &Serving, placement: Option<&Placement>, served: &Served) -> PodTemplateSpec {
     let mut claims = Claims::default();
     claims.read(&served.uri);
     serving.beside.read().for_each(|input| claims.read(&input.uri));
@@ -191,6 +269,7 @@ fn pods(name: &str, serving: &Serving, served: &Served) -> PodTemplateSpec {
         sizes: serving.sizes(served.bytes),
         grace_seconds: SHUTDOWN_DELAY_SECONDS + serving.drain_seconds + SHUTDOWN_SPARE_SECONDS,
         restart_policy: None,
+        placement,
         overrides: &serving.pod,
     })
 }

@@ -2,11 +2,12 @@
 
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
-use strata_api::{ConditionType, InferenceService, InferenceServiceStatus, Reason};
+use strata_api::{ConditionType, InferenceService, InferenceServiceStatus, Reason, RunStatus};
 
 use super::phase::{digest, is_ready, serving_pods, standing};
 use super::{Checked, container, scaling};
 use crate::engine::kind::{Observed, Outcome, Refusal};
+use crate::placement::Preflight;
 use crate::run::conditions::Finding;
 use crate::run::report::judge;
 use crate::workload::labels;
@@ -48,6 +49,12 @@ pub fn report(
         Ok(_) if let Some((reason, message)) = &observed.refused.serving => {
             Finding::new(ConditionType::Available, *reason, message.clone())
         }
+        Ok(checked)
+            if let Some(Err(_)) = &checked.serving.placement
+                && deployment.is_none() =>
+        {
+            Finding::new(ConditionType::Available, Reason::Blocked, "see condition Placed")
+        }
         Ok(checked) => {
             let model = match container {
                 Some(container) => container::identity(resource, container),
@@ -72,6 +79,24 @@ pub fn report(
             }
         }
     }
+    let placed = match checked {
+        Ok(checked) => checked.serving.placement.as_ref().map(|placement| match placement {
+            _ if available.reason == Reason::Serving => {
+                Finding::new(ConditionType::Placed, Reason::Fits, "the pods have their nodes")
+            }
+            Ok((preflight, _)) => preflight.placement.finding(),
+            Err(misfit) => misfit.finding(),
+        }),
+        Err(_) => None,
+    };
+    let expected = match checked {
+        Ok(Checked { serving, .. }) => match &serving.placement {
+            Some(Ok((Preflight { placement, estimate }, _))) => Some(estimate.status(placement, &observed.fleet.table)),
+            _ => None,
+        },
+        Err(_) => None,
+    };
+    findings.extend(placed);
     findings.push(available);
     let name = resource.name_any();
     let counts = deployment.and_then(|deployment| deployment.status.clone());
@@ -89,7 +114,10 @@ pub fn report(
     Outcome {
         requeue: judged.requeue,
         status: InferenceServiceStatus {
-            run_status: judged.finish(&findings, now),
+            run_status: RunStatus {
+                placement: expected,
+                ..judged.finish(&findings, now)
+            },
             url: address.map(|service| {
                 let scheme = Scheme::of(service).url();
                 format!("{scheme}://{name}.{}.svc", resource.namespace().unwrap_or_default())

@@ -191,8 +191,8 @@ fn settings(service: &InferenceService, autoscale: &Autoscale) -> Result<Setting
         Some(most) => match accelerators(service) {
             0 => {
                 return Err(
-                    "spec.autoscale.maxAccelerators counts the accelerators in the limits of spec.pod.resources, and there are \
-                     none: leave it out, or set them"
+                    "spec.autoscale.maxAccelerators counts the accelerators of spec.hardware, or in the limits of \
+                     spec.pod.resources, and there are none: leave it out, or set them"
                         .into(),
                 );
             }
@@ -215,6 +215,11 @@ fn settings(service: &InferenceService, autoscale: &Autoscale) -> Result<Setting
 fn accelerators(service: &InferenceService) -> u32 {
     let pod = service.spec.common.pod.as_ref();
     let limits = pod.and_then(|pod| pod.resources.as_ref()?.limits.as_ref());
+    let hardware = service.spec.common.hardware.as_ref();
+    let asked = hardware.filter(|hardware| hardware.accelerator.as_deref().is_some_and(|name| name != "cpu"));
+    if let Some(hardware) = asked {
+        return hardware.accelerators_per_node.unwrap_or(1).unsigned_abs();
+    }
     let counted = limits
         .into_iter()
         .flatten()

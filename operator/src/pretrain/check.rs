@@ -4,6 +4,7 @@ use strata_api::{Common, Decimal, Llama, PretrainJob, Schedule};
 use strata_contract::{Input, LlamaShape, PretrainConfig, PretrainTraining, Stage, Task};
 
 use crate::engine::kind::{Observed, Ref, ResourceKind};
+use crate::placement::preflight::{ModelShape, Work};
 use crate::run::check::{checkpoint, decimal, gates, unsigned};
 use crate::run::{Engine, InputRef, RunKind, Runs};
 use crate::workload::pod::Sizes;
@@ -29,6 +30,35 @@ impl Runs for PretrainJob {
             engine.and_then(|engine| engine.candle.as_ref()),
             engine.and_then(|engine| engine.container.as_ref()),
         )
+    }
+
+    fn shape(&self) -> Option<ModelShape> {
+        let shape = shape(&self.spec.model.llama).ok()?;
+        Some(ModelShape {
+            hidden: shape.hidden_size.into(),
+            intermediate: shape.intermediate_size.into(),
+            layers: shape.layers.into(),
+            heads: shape.heads.into(),
+            kv_heads: shape.kv_heads.into(),
+            context: shape.context_tokens.into(),
+            vocab: 0,
+            is_tied: shape.tie_embeddings,
+        })
+    }
+
+    fn work(&self, observed: &Observed) -> Work {
+        let Some(model) = self.shape() else { return Work::Other };
+        let vocab = crate::run::refs(self)
+            .iter()
+            .find_map(|to| observed.upstream.get(to)?.vocab_size);
+        Work::Train {
+            model: ModelShape {
+                vocab: vocab.unwrap_or(0).into(),
+                ..model
+            },
+            tokens: self.spec.training.tokens.unsigned_abs(),
+            adapter: None,
+        }
     }
 
     fn inputs(&self) -> Vec<InputRef> {

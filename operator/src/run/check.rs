@@ -2,11 +2,14 @@
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::ResourceExt;
-use strata_api::{ArtifactStatus, Common, Decimal, InputStatus, PodOverrides, Reason, Reference, RunStatus};
+use strata_api::{
+    ArtifactStatus, Common, Decimal, InputStatus, PlacementStatus, PodOverrides, Reason, Reference, RunStatus,
+};
 use strata_contract::{Checkpoint, Gate, Input, Resource, Stage, StageContainer, Uri, hash_canonical};
 
-use super::{Engine, Runs};
+use super::{Engine, Runs, attempt};
 use crate::engine::kind::{Env, Observed, Ref, Refusal, ResourceKind, Status};
+use crate::placement::{self, Placement, Preflight};
 use crate::workload::container;
 use crate::workload::job::MAX_RESOURCE_NAME;
 use crate::workload::labels;
@@ -107,6 +110,10 @@ pub struct Order {
     pub sizes: Sizes,
     /// What the user set on pods.
     pub pod: PodOverrides,
+    /// Where its pods go; absent: wherever there is room.
+    pub placement: Option<Placement>,
+    /// What is expected there.
+    pub expected: Option<PlacementStatus>,
     /// Image of a run that begins now.
     pub image: String,
     /// The user's container that does the work; absent: Strata's own engine.
@@ -161,14 +168,6 @@ pub fn check<T: Runs>(resource: &T, observed: &Observed, env: &Env) -> Result<Or
         Engine::Own(_) => None,
         Engine::Container(container) => Some(container::Stage::parse(container).map_err(spec_invalid)?),
     };
-    let nodes = nodes(common);
-    if let (true, Engine::Own(engine)) = (nodes > 1, engine) {
-        let message = format!(
-            "engine {engine} runs on one node, and spec.hardware.nodeCount is {nodes}: write 1, or an engine that runs on \
-             several: container"
-        );
-        return Err(Refusal::Spec(Reason::EngineUnsupported, message));
-    }
     if let Some(circle) = circle(&this, resource, observed) {
         let message = format!("the resource depends on itself: {circle}; break the circle");
         return Err(Refusal::Spec(Reason::ReferenceCycle, message));
@@ -182,6 +181,18 @@ pub fn check<T: Runs>(resource: &T, observed: &Observed, env: &Env) -> Result<Or
         .map_err(spec_invalid)?;
     resource.stage(&placeholders).map_err(spec_invalid)?;
     resource.fits(observed).map_err(spec_invalid)?;
+    let placed = placement::of_run(resource, observed).and_then(|preflight| {
+        let image = match &container {
+            Some(container) => container.run.image.clone(),
+            None => placement::image(preflight.as_ref().map(|preflight| &preflight.placement), env)?,
+        };
+        Ok((preflight, image))
+    });
+    if let Err(misfit) = &placed
+        && misfit.reason == Reason::SpecInvalid
+    {
+        return Err(spec_invalid(misfit.message.clone()));
+    }
 
     let none = RunStatus::default();
     let status = resource.status().map_or(&none, Status::run_status);
@@ -201,7 +212,15 @@ pub fn check<T: Runs>(resource: &T, observed: &Observed, env: &Env) -> Result<Or
         Err(refusal) => as_published(&wanted, &namespace, status, observed)
             .and_then(|inputs| run_with(inputs).ok())
             .filter(|(.., run_id)| is_published(status, run_id))
-            .ok_or(refusal)?,
+            // What can never be computed here should not wait for hours for its inputs.
+            .ok_or_else(|| placed.as_ref().err().cloned().map_or(refusal, Refusal::Placement))?,
+    };
+    // What runs or is done has its place, whatever became of the nodes since.
+    let has_place = is_published(status, &run_id) || observed.jobs.iter().any(|job| !attempt::finished(job));
+    let (preflight, image) = match placed {
+        Ok((preflight, image)) => (preflight, image),
+        Err(_) if has_place => (None, env.runtime_image.clone()),
+        Err(misfit) => return Err(Refusal::Placement(misfit)),
     };
     let output = storage.join(&format!(
         "{namespace}/{}/{name}/{run_id}",
@@ -227,13 +246,17 @@ pub fn check<T: Runs>(resource: &T, observed: &Observed, env: &Env) -> Result<Or
         suspend: common.suspend.unwrap_or(false),
         sizes: T::SIZES,
         pod,
+        nodes: preflight.as_ref().map_or(1, |preflight| preflight.placement.nodes),
+        expected: preflight
+            .as_ref()
+            .map(|Preflight { placement, estimate }| estimate.status(placement, &observed.fleet.table)),
+        placement: preflight.map(|preflight| preflight.placement),
         image: match &container {
             Some(container) => container.run.image.clone(),
-            None => env.runtime_image.clone(),
+            None => image,
         },
         container,
         shim_image: env.runtime_image.clone(),
-        nodes,
         queue: queue(common).map(str::to_owned),
         resource: Resource {
             kind: T::RUN_KIND.name().into(),
@@ -246,12 +269,6 @@ pub fn check<T: Runs>(resource: &T, observed: &Observed, env: &Env) -> Result<Or
 /// The queue in which a resource's work waits for Kueue.
 pub fn queue(common: &Common) -> Option<&str> {
     Some(common.scheduler.as_ref()?.kubernetes.queue.as_str())
-}
-
-/// The nodes that an attempt takes.
-pub fn nodes(common: &Common) -> u32 {
-    let _ = common;
-    1
 }
 
 /// The reference that makes `resource` the owner of something.

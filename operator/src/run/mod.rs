@@ -24,11 +24,12 @@ use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::jiff::Timestamp;
 use kube::Resource;
 use kube::core::object::HasStatus;
-use strata_api::{Common, RunStatus, StageContainer};
+use strata_api::{Common, Hardware, RunStatus, StageContainer};
 use strata_contract::{Input, Stage};
 
 use crate::engine::cache::Cached;
 use crate::engine::kind::{Env, Kind, Observed, Outcome, Planned, Ref, Refusal, ResourceKind, Status, Upstream};
+use crate::placement::preflight::{ModelShape, Work};
 use crate::workload::pod::Sizes;
 
 pub use check::{InputRef, Order, Source};
@@ -73,6 +74,27 @@ pub trait Runs: Resource<DynamicType = ()> + HasStatus<Status: Status> {
     /// A sentence that says what to write instead.
     fn engine(&self) -> Result<Engine<'_>, String>;
 
+    /// What the run computes on.
+    fn hardware(&self) -> Option<&Hardware> {
+        self.common().hardware.as_ref()
+    }
+
+    /// What there is to compute, as far as it is known.
+    fn work(&self, observed: &Observed) -> Work {
+        let _ = observed;
+        Work::Other
+    }
+
+    /// Of a Dataset: size of the vocabulary that it trains.
+    fn vocab_size(&self) -> Option<u32> {
+        None
+    }
+
+    /// Of a PretrainJob: the shape of its model, but for the vocabulary.
+    fn shape(&self) -> Option<ModelShape> {
+        None
+    }
+
     /// What the run reads from others, in the order in which [`Runs::stage`] gets it.
     fn inputs(&self) -> Vec<InputRef>;
 
@@ -111,6 +133,8 @@ pub fn upstream<T: Runs>(resource: &T) -> Upstream {
             .map(|ready| (ready.reason.clone(), ready.message.clone())),
         refs: refs(resource),
         dataset: resource.dataset(),
+        vocab_size: resource.vocab_size(),
+        shape: resource.shape(),
     }
 }
 
@@ -145,7 +169,12 @@ where
     }
 
     fn nodes(&self) -> u32 {
-        check::nodes(self.common())
+        let hardware = self.hardware();
+        hardware.map_or(1, |hardware| match (&hardware.topology, hardware.node_count) {
+            // How many hosts a slice has is known with its nodes.
+            (Some(_), None) => u32::MAX,
+            (_, count) => count.unwrap_or(1).unsigned_abs(),
+        })
     }
 
     fn upstream(&self) -> Upstream {

@@ -87,6 +87,8 @@ pub struct Ledger {
     pub interruptions: i32,
     /// Image of the run; empty before the first attempt.
     pub image: String,
+    /// Accelerator that the image is for; absent: none was asked for.
+    pub accelerator: Option<String>,
     /// Job of the last attempt, if it is still there.
     pub job: Option<Job>,
     /// How the last attempt ended without a result.
@@ -106,6 +108,7 @@ impl Ledger {
             ledger.failures = run.failures;
             ledger.interruptions = run.interruptions.unwrap_or(0);
             ledger.image = run.image.clone();
+            ledger.accelerator = run.accelerator.clone();
             ledger.failure = run.failure.clone();
         }
         let mut jobs: Vec<&Job> = observed
@@ -168,6 +171,7 @@ impl Ledger {
         self.attempt = number;
         if let Some(image) = image(job) {
             self.image = image.to_owned();
+            self.accelerator = accelerator(job);
         }
         self.state = None;
         self.report = None;
@@ -195,6 +199,12 @@ fn shim_image(job: &Job) -> Option<&str> {
     let all = template.spec.as_ref()?.init_containers.as_ref()?;
     let shim = all.iter().find(|container| container.name == SHIM_CONTAINER)?;
     shim.image.as_deref()
+}
+
+fn accelerator(job: &Job) -> Option<String> {
+    let template = &job.spec.as_ref()?.template;
+    let annotations = template.metadata.as_ref()?.annotations.as_ref()?;
+    annotations.get(labels::ACCELERATOR).cloned()
 }
 
 /// Whether a Job still has or may get a pod.
@@ -250,7 +260,9 @@ pub fn phase(order: &Order, ledger: &Ledger, status: &RunStatus, observed: &Obse
     if now < until {
         return Phase::Backoff { until, failure };
     }
-    let repin = failure.reason == Reason::ImagePullFailed.name() || ledger.image.is_empty();
+    let wanted = order.placement.as_ref().map(|placement| &placement.accelerator);
+    let is_for_another = ledger.accelerator.as_ref() != wanted;
+    let repin = failure.reason == Reason::ImagePullFailed.name() || ledger.image.is_empty() || is_for_another;
     Phase::Start {
         attempt: ledger.attempt + 1,
         image: if repin {

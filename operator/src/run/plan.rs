@@ -90,6 +90,7 @@ fn start(order: &Order, attempt: i32, image: &str, has_jobset: bool) -> (ConfigM
         deadline_seconds: order.deadline_seconds,
         claims: &order.claims,
         sizes: order.sizes,
+        placement: order.placement.as_ref(),
         overrides: &order.pod,
     })
 }

@@ -16,6 +16,7 @@ use super::conditions::{Finding, merge, reason, whole_seconds};
 use super::phase::{Ledger, Phase, phase};
 use super::{Order, Runs};
 use crate::engine::kind::{Observed, Refusal, Status};
+use crate::placement;
 
 /// How often a running attempt is asked for its progress.
 pub const PROGRESS_PERIOD: Duration = Duration::from_secs(30);
@@ -55,11 +56,18 @@ pub fn judge<T: Runs>(resource: &T, checked: Result<&Order, &Refusal>, observed:
     status.observed_generation = resource.meta().generation;
     let order = match checked {
         Ok(order) => order,
-        Err(refusal) => return goes_on(refusal, status, observed, now),
+        Err(refusal) => return goes_on(resource, refusal, status, observed, now),
     };
     let ledger = Ledger::read(&order.run_id, order.generation, &before, observed, now);
     let phase = phase(order, &ledger, &before, observed, now);
 
+    // What runs has its place, also if it would have none now.
+    status.placement = match (&order.expected, resource.hardware()) {
+        (Some(_), _) if phase == Phase::Published => before.placement.clone().or_else(|| order.expected.clone()),
+        (Some(expected), _) => Some(expected.clone()),
+        (None, Some(_)) => before.placement.clone(),
+        (None, None) => None,
+    };
     let is_running = matches!(phase, Phase::Active(State::Running(_)));
     status.progress = progress(&ledger, observed, &before).filter(|_| is_running);
     // What is published needs no Job any more: that one is gone says nothing.
@@ -89,22 +97,26 @@ pub fn judge<T: Runs>(resource: &T, checked: Result<&Order, &Refusal>, observed:
     };
     Judged {
         status,
-        findings: vec![
-            Finding::new(
+        findings: [
+            Some(Finding::new(
                 ConditionType::Accepted,
                 Reason::SpecAccepted,
                 format!("run {}", order.run_id),
-            ),
-            Finding::new(ConditionType::InputsReady, Reason::InputsResolved, inputs),
-            Finding::new(ConditionType::Succeeded, why, message),
-        ],
+            )),
+            resource.hardware().map(|_| placed(order, &phase)),
+            Some(Finding::new(ConditionType::InputsReady, Reason::InputsResolved, inputs)),
+            Some(Finding::new(ConditionType::Succeeded, why, message)),
+        ]
+        .into_iter()
+        .flatten()
+        .collect(),
         requeue: requeue(&phase, now),
     }
 }
 
 /// What is refused starts nothing; but the attempt under way goes on with the inputs that it began with, and how it ends
 /// is not lost.
-fn goes_on(refusal: &Refusal, before: RunStatus, observed: &Observed, now: Timestamp) -> Judged {
+fn goes_on<T: Runs>(resource: &T, refusal: &Refusal, before: RunStatus, observed: &Observed, now: Timestamp) -> Judged {
     let mut status = before.clone();
     status.progress = None;
     let (mut running, mut requeue) = (None, None);
@@ -129,31 +141,60 @@ fn goes_on(refusal: &Refusal, before: RunStatus, observed: &Observed, now: Times
     }
     Judged {
         status,
-        findings: refused(refusal, running),
+        findings: refused(resource, refusal, running, observed),
         requeue,
     }
 }
 
+/// Whether there is a place for the run, or for what it has become.
+fn placed(order: &Order, phase: &Phase) -> Finding {
+    let has = |message: &str| Finding::new(ConditionType::Placed, Reason::Fits, message);
+    match (phase, &order.placement) {
+        (Phase::Published | Phase::Publishing(_), _) => has("the run is done"),
+        (Phase::Active(State::Running(_)), _) => has("the run has its node"),
+        (_, Some(placement)) => placement.finding(),
+        (_, None) => has("the attempt under way keeps its place"),
+    }
+}
+
 /// What is said where nothing is run.
-pub fn refused(refusal: &Refusal, running: Option<String>) -> Vec<Finding> {
-    use ConditionType::{Accepted, InputsReady, Succeeded};
+pub fn refused<T: Runs>(resource: &T, refusal: &Refusal, running: Option<String>, observed: &Observed) -> Vec<Finding> {
+    use ConditionType::{Accepted, InputsReady, Placed, Succeeded};
     let blocked = |kind: ConditionType, by: &str| Finding::new(kind, Reason::Blocked, format!("see condition {by}"));
-    let succeeded = |by: &str| match running {
+    let succeeded = |by: &str| match running.clone() {
         Some(message) => Finding::new(Succeeded, Reason::Running, message),
         None => blocked(Succeeded, by),
     };
-    match refusal {
+    let hardware = resource.hardware();
+    let found = match refusal {
         Refusal::Spec(reason, message) => vec![
             Finding::new(Accepted, *reason, message.clone()),
+            blocked(Placed, "Accepted"),
             blocked(InputsReady, "Accepted"),
             succeeded("Accepted"),
         ],
+        Refusal::Placement(misfit) => vec![
+            Finding::new(Accepted, Reason::SpecAccepted, "the spec can be carried out"),
+            misfit.finding(),
+            blocked(InputsReady, "Placed"),
+            succeeded("Placed"),
+        ],
         Refusal::Inputs(reason, message) => vec![
             Finding::new(Accepted, Reason::SpecAccepted, "the spec can be carried out"),
+            match &running {
+                Some(_) => Finding::new(Placed, Reason::Fits, "the run has its node"),
+                None => match placement::of_run(resource, observed) {
+                    Ok(Some(preflight)) => preflight.placement.finding(),
+                    Ok(None) => blocked(Placed, "Accepted"),
+                    Err(misfit) => misfit.finding(),
+                },
+            },
             Finding::new(InputsReady, *reason, message.clone()),
             succeeded("InputsReady"),
         ],
-    }
+    };
+    let is_asked = |finding: &Finding| finding.kind != Placed || hardware.is_some();
+    found.into_iter().filter(is_asked).collect()
 }
 
 /// Written before the Job is gone: the next attempt then takes the operator's image.
@@ -206,6 +247,7 @@ fn run_info(run_id: &str, ledger: &Ledger, before: &RunStatus) -> RunInfo {
         failures: ledger.failures,
         interruptions: Some(ledger.interruptions).filter(|count| *count > 0),
         image: ledger.image.clone(),
+        accelerator: ledger.accelerator.clone(),
         job: ledger
             .job
             .as_ref()

@@ -174,7 +174,11 @@ pub fn adapt(template: &mut PodTemplateSpec, needs: &Needs, has_resources: bool)
             env.push(variable("HOME", "/tmp"));
         }
         if let (false, Some(resources)) = (has_resources, container.resources.as_mut()) {
-            resources.limits = None;
+            // Devices are not shared: their limit is their request.
+            for limits in resources.limits.iter_mut() {
+                limits.retain(|name, _| name.contains('/'));
+            }
+            resources.limits = resources.limits.take().filter(|limits| !limits.is_empty());
         }
         let security = container.security_context.get_or_insert_default();
         if needs.writes_to_root {

@@ -18,6 +18,7 @@ use super::pod::{PodParts, Sizes, template};
 use super::volume::Claims;
 use super::{jobset, labels, service};
 use crate::engine::kind::ResourceKind;
+use crate::placement::Placement;
 
 /// Time that a stage has to save its work, in seconds.
 const STAGE_GRACE_SECONDS: i64 = 60;
@@ -60,6 +61,8 @@ pub struct JobParts<'a> {
     pub claims: &'a Claims,
     /// What the container asks for.
     pub sizes: Sizes,
+    /// Where its pods go; absent: wherever there is room.
+    pub placement: Option<&'a Placement>,
     /// What the user set.
     pub overrides: &'a PodOverrides,
 }
@@ -151,6 +154,7 @@ pub fn build(parts: &JobParts<'_>) -> (ConfigMap, Job, Option<Service>) {
         sizes: parts.sizes,
         grace_seconds: STAGE_GRACE_SECONDS,
         restart_policy: Some("Never"),
+        placement: parts.placement,
         overrides: parts.overrides,
     });
     if let Some((container, image)) = parts.container {

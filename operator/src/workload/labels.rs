@@ -28,6 +28,8 @@ pub const WORKLOAD: &str = "strata.dev/workload";
 pub const QUEUE: &str = "kueue.x-k8s.io/queue-name";
 /// Annotation on a Job that Strata suspended: others, such as Kueue, suspend Jobs too, and only they may resume those.
 pub const SUSPENDED: &str = "strata.dev/suspended";
+/// Annotation on a pod: name of the accelerator that it was made for; absent: none was asked for.
+pub const ACCELERATOR: &str = "strata.dev/accelerator";
 /// Prefix of the keys that are Strata's.
 pub const GROUP_PREFIX: &str = "strata.dev/";
 

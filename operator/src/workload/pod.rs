@@ -10,7 +10,9 @@ use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use strata_api::PodOverrides;
 
+use super::labels;
 use super::volume::Claims;
+use crate::placement::Placement;
 
 /// User and group of every process; what a volume must let read and write.
 pub const USER_ID: i64 = 65532;
@@ -52,6 +54,8 @@ pub struct PodParts<'a> {
     pub grace_seconds: i64,
     /// `Never` for a stage; absent: always restarted.
     pub restart_policy: Option<&'static str>,
+    /// Where it goes; absent: wherever there is room.
+    pub placement: Option<&'a Placement>,
     /// What the user set.
     pub overrides: &'a PodOverrides,
 }
@@ -88,7 +92,10 @@ pub fn template(parts: PodParts<'_>) -> PodTemplateSpec {
             container_port: parts.port.1.into(),
             ..ContainerPort::default()
         }]),
-        resources: Some(overrides.resources.clone().unwrap_or_else(|| resources(parts.sizes))),
+        resources: Some(with_devices(
+            overrides.resources.clone().unwrap_or_else(|| resources(parts.sizes)),
+            parts.placement,
+        )),
         volume_mounts: Some(mounts),
         security_context: Some(SecurityContext {
             allow_privilege_escalation: Some(false),
@@ -108,10 +115,27 @@ pub fn template(parts: PodParts<'_>) -> PodTemplateSpec {
         all.extend(ours);
         (!all.is_empty()).then_some(all)
     };
+    let placement = parts.placement;
+    // The user's own word wins, key by key.
+    let node_selector = merged(
+        &placement
+            .map(|placement| placement.node_selector.clone())
+            .unwrap_or_default(),
+        overrides.node_selector.clone(),
+    );
+    let tolerations = placement.into_iter().flat_map(|placement| &placement.tolerations);
+    let tolerations = tolerations.chain(&overrides.tolerations).cloned().collect();
+    let annotations = match placement {
+        Some(placement) => {
+            let accelerator = (labels::ACCELERATOR.to_owned(), placement.accelerator.clone());
+            parts.annotations.into_iter().chain([accelerator]).collect()
+        }
+        None => parts.annotations,
+    };
     PodTemplateSpec {
         metadata: Some(ObjectMeta {
             labels: merged(&overrides.labels, parts.labels),
-            annotations: merged(&overrides.annotations, parts.annotations),
+            annotations: merged(&overrides.annotations, annotations),
             ..ObjectMeta::default()
         }),
         spec: Some(PodSpec {
@@ -138,8 +162,9 @@ pub fn template(parts: PodParts<'_>) -> PodTemplateSpec {
             image_pull_secrets: filled(overrides.image_pull_secrets.clone()),
             priority_class_name: overrides.priority_class_name.clone(),
             runtime_class_name: overrides.runtime_class_name.clone(),
-            node_selector: (!overrides.node_selector.is_empty()).then(|| overrides.node_selector.clone()),
-            tolerations: filled(overrides.tolerations.clone()),
+            node_selector,
+            tolerations: filled(tolerations),
+            affinity: placement.and_then(Placement::node_affinity),
             ..PodSpec::default()
         }),
     }
@@ -147,6 +172,20 @@ pub fn template(parts: PodParts<'_>) -> PodTemplateSpec {
 
 fn filled<T>(list: Vec<T>) -> Option<Vec<T>> {
     (!list.is_empty()).then_some(list)
+}
+
+/// Adds what the placement asks for, where the user does not ask for another number of it. Devices are not shared: the
+/// limit is the request.
+fn with_devices(mut resources: ResourceRequirements, placement: Option<&Placement>) -> ResourceRequirements {
+    for (name, count) in placement.into_iter().flat_map(|placement| &placement.resources) {
+        let limits = resources.limits.get_or_insert_default();
+        let count = limits
+            .entry(name.clone())
+            .or_insert_with(|| Quantity(count.to_string()))
+            .clone();
+        resources.requests.get_or_insert_default().insert(name.clone(), count);
+    }
+    resources
 }
 
 fn resources(sizes: Sizes) -> ResourceRequirements {

@@ -277,6 +277,7 @@ fn conditions() -> String {
          person.\n\n\
          | condition | kinds | meaning |\n|---|---|---|\n\
          | `Accepted` | all | The spec can be carried out here. |\n\
+         | `Placed` | all, where `spec.hardware` is set | There are nodes of the shape that it asks for; fullness is not judged ([placement](../placement.md)). |\n\
          | `InputsReady` | all | Everything that the run reads was published, or is a plain URI. |\n\
          | `Succeeded` | all | The current run published its artifact. |\n\
          | `MetricsAvailable` | InferenceService with `autoscale` | The pods say what scaling aims at. |\n\
