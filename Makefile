@@ -18,7 +18,7 @@ NODES ?= 1000
 E2E := bed health manifests chart bad_input plugin release autoscale monitoring story
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-down test preflight lint lint-cuda deny generate generated test-unit test-e2e test-argocd test-interop test-clients bench-serve bench-operator test-parity performance-page soak-serve fuzz programs bed bed-down
+.PHONY: help demo demo-down test preflight lint lint-cuda deny generate generated test-unit test-e2e test-argocd test-interop test-clients bench-serve bench-autoscale bench-operator test-parity performance-page soak-serve fuzz programs bed bed-down
 
 help: ## Show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -86,6 +86,12 @@ test-clients: programs ## Clients of OpenAI and Azure OpenAI, at their newest ve
 bench-serve: programs ## Speed beside a llama.cpp compiled here (BENCH_QUICK=1: 3 minutes instead of 15; the first time +20 to compile it)
 	cargo build --workspace --examples
 	python3 -B e2e/bench/serve.py $(BIN) $(CARGO_TARGET_DIR)/bench-serve.json
+
+bench-autoscale: ## The scaling policy beside HPA, KEDA, llm-d's rule and fixed fleets, on a recorded load (5 minutes); writes its page
+	cargo build -p strata-replay
+	$(BIN)/bench-autoscale operator/replay/data/azure-llm-trace-2023-conv.csv.gz $(CARGO_TARGET_DIR)/bench-autoscale.json > $(CARGO_TARGET_DIR)/bench-autoscale.txt
+	python3 -B e2e/bench/autoscale.py $(CARGO_TARGET_DIR)/bench-autoscale.json
+	@cat $(CARGO_TARGET_DIR)/bench-autoscale.txt
 
 test-parity: programs ## The same numbers and texts as transformers, llama.cpp and Jinja2 (3 GB of Python packages)
 	cargo build --workspace --examples

@@ -30,7 +30,7 @@ pub struct Autoscale {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 100_000))]
     pub max_accelerators: Option<i32>,
-    /// How long fewer pods must have been enough before there are fewer (default: twice the measured time that a pod takes to
+    /// How long fewer pods must have been enough before there are fewer (default: 2.5 times the measured time that a pod takes to
     /// start, between 2m and 10m).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scale_down_window: Option<Duration>,

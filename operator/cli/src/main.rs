@@ -8,6 +8,7 @@ mod lint;
 mod logs;
 mod output;
 mod plan;
+mod replay;
 mod resource;
 mod status;
 mod tree;
@@ -39,6 +40,8 @@ enum Command {
     Logs(logs::Arguments),
     /// Talks to an InferenceService, through the API server.
     Chat(chat::Arguments),
+    /// Shows what the operator's scaling would have done with a recorded load.
+    Replay(replay::Arguments),
     /// Prints what makes a shell, or kubectl, complete commands and names.
     Completion(completion::Arguments),
     /// The words that can follow, for kubectl.
@@ -64,6 +67,7 @@ fn main() -> ExitCode {
         Command::Lineage(arguments) => run(lineage::run(arguments)),
         Command::Logs(arguments) => run(logs::run(arguments)),
         Command::Chat(arguments) => run(chat::run(arguments)),
+        Command::Replay(arguments) => replay::run(&arguments),
         Command::Completion(arguments) => completion::run(&arguments, Arguments::command()),
         Command::Complete { words } => {
             let mut command = Arguments::command();

@@ -27,7 +27,7 @@ const SLOW: f64 = 0.1;
 /// How much the least time between tokens grows in each window: the model or the mix may have changed.
 const FORGETTING: f64 = 1.0002;
 /// Time in which a queue is to be gone, in seconds.
-const DRAIN_SECONDS: f64 = 60.0;
+const DRAIN_SECONDS: f64 = 300.0;
 
 /// What was learned of a replica; it stays true over a restart of the operator.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -92,6 +92,16 @@ pub struct Measured {
     pub need: Option<f64>,
     /// What asks for them.
     pub driver: Option<Driver>,
+}
+
+impl Measured {
+    /// Whether pods show less of the load than there is.
+    pub fn is_full(&self) -> bool {
+        let queue = self.waiting.unwrap_or(0.0) > 2.0 * f64::from(self.answering);
+        queue
+            || self.busy.is_some_and(|busy| busy > FULL)
+            || self.kv_cache_utilization.is_some_and(|share| share > FULL)
+    }
 }
 
 /// Waiting requests in all before: what came in is what was finished and by how much more wait.
@@ -222,7 +232,10 @@ fn learn_latencies(learned: &mut Learned, measured: &Measured) {
     };
     let queued = measured.waiting.unwrap_or(0.0) > f64::from(measured.answering);
     let blend = |slot: &mut Option<f64>, seen: f64| {
-        *slot = Some(slot.map_or(seen, |before| before + SLOW * (seen - before)));
+        // What is far off tells of a moment's queue and counts less.
+        *slot = Some(slot.map_or(seen, |before| {
+            before + SLOW * (seen.clamp(before / 2.0, before * 1.5) - before)
+        }));
     };
     if let Some(tokens) = measured.tokens_per_second.filter(|_| busy > 0.2) {
         blend(
@@ -269,7 +282,7 @@ fn busy_limit(targets: &Targets, learned: &Learned) -> (f64, Driver) {
 /// Requests that came in for each that was finished; more than 1 while a queue grows.
 fn arrivals_per_finished(loads: &[&Load], before: Option<Queue>, now: Option<Queue>) -> Option<f64> {
     let finished = total(loads, |load| load.finished).filter(|finished| *finished >= FEWEST_OBSERVATIONS)?;
-    Some((1.0 + (now?.inside - before?.inside) / finished).clamp(1.0, 4.0))
+    Some((1.0 + (now?.inside - before?.inside) / finished).clamp(1.0, 2.0))
 }
 
 /// Replicas, each busy to the last, that compute what comes in and what waits.

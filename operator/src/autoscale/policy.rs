@@ -2,7 +2,7 @@
 //!
 //! - **Up** at once, to what the load will need when a pod that is made now is ready: its level, its trend over the measured
 //!   cold start, and its noise. Pods that start count as capacity that comes.
-//! - **Down** only to what the load needed at its highest in a whole window, with a tenth to spare, and not within a window after
+//! - **Down** only to what the load needed at its highest in a whole window, with a quarter to spare, and not within a window after
 //!   any change: in no window is there an up and then a down, so it cannot flap.
 //! - **Missing is not zero.** A silent pod is counted neither as idle nor as full: it keeps its place, nothing is scaled down
 //!   while one is silent, and what is needed is seen from the others.
@@ -17,16 +17,22 @@ use super::{Fleet, Replica};
 
 /// Cold start of a pod that is not measured yet, in seconds.
 const COLD_START_SECONDS: f64 = 120.0;
-/// Shortest and longest window, in seconds; between them it is twice the cold start.
+/// Shortest and longest window, in seconds, and how many cold starts it has between them: a pod is to serve longer than it took to
+/// start.
 const WINDOW_SECONDS: (f64, f64) = (120.0, 600.0);
-/// Time over which level and trend are taken, in seconds.
-const TREND_SECONDS: i64 = 120;
+const WINDOW_COLD_STARTS: f64 = 2.5;
+/// Shortest and longest time over which a trend is taken, in seconds; between them it is what it is carried ahead.
+const TREND_SECONDS: (f64, f64) = (120.0, 300.0);
+/// The pace of decisions, in seconds: a pod that is made now was needed up to so long ago.
+const PACE_SECONDS: f64 = 15.0;
+/// Most that a trend adds to what is needed now, as a share of it: loads turn.
+const MOST_AHEAD: f64 = 0.1;
 /// Samples that a trend needs.
 const FEWEST_SAMPLES: f64 = 5.0;
-/// How many standard deviations of its noise the load may be above its trend.
-const NOISE_DEVIATIONS: f64 = 1.5;
+/// How many standard errors the load may be above what is forecast.
+const NOISE_DEVIATIONS: f64 = 2.5;
 /// Share that must be to spare after a scale-down.
-const SPARE: f64 = 0.1;
+const SPARE: f64 = 0.25;
 /// A need this little above whole replicas is not worth one more.
 const NEGLIGIBLE: f64 = 0.02;
 /// Without a decision for that long, what was before does not count, in seconds.
@@ -236,6 +242,8 @@ struct Sample {
     at: i64,
     need: f64,
     answering: u32,
+    /// Whether pods were full, so that they show less of the load than there is.
+    full: bool,
 }
 
 /// Why the number is what it is.
@@ -318,8 +326,9 @@ pub fn decide(settings: &Settings, memory: &Memory, fleet: &Fleet, now_seconds: 
             at: now_seconds,
             need,
             answering: measured.answering,
+            full: measured.is_full(),
         });
-        samples.retain(|sample| now_seconds - sample.at <= window.max(TREND_SECONDS));
+        samples.retain(|sample| now_seconds - sample.at <= window.max(TREND_SECONDS.1 as i64));
         let excess = samples.len().saturating_sub(SAMPLES);
         samples.drain(..excess);
     }
@@ -376,6 +385,10 @@ fn choose(settings: &Settings, memory: &Memory, measured: &Measured, before: u32
     let window = window_seconds(settings, &memory.learned);
     let highest = (samples.iter().filter(|sample| now - sample.at <= window))
         .map(|sample| sample.need)
+        .collect::<Vec<_>>();
+    let highest = highest
+        .windows(3)
+        .map(|near| near.iter().sum::<f64>() / 3.0)
         .fold(forecast, f64::max);
     let enough = whole(highest / (1.0 - SPARE)).max(settings.min);
     if enough >= before {
@@ -398,35 +411,43 @@ fn choose(settings: &Settings, memory: &Memory, measured: &Measured, before: u32
     (enough, Cause::LoadFell, why)
 }
 
-/// Level, trend over the cold start, and noise. Only of samples of as many pods as now: what full pods show of a load is less
-/// than the load, so that it seems to rise when another one becomes ready.
+/// What the load will need when a pod that is made now is ready: its level, its trend where that is more than noise, and as much
+/// above both as noise makes likely.
 fn forecast(settings: &Settings, samples: &[Sample], learned: &Learned, now: i64) -> Option<f64> {
     let last = samples.last()?;
-    let recent: Vec<(f64, f64)> = (samples.iter().rev())
-        .take_while(|sample| now - sample.at <= TREND_SECONDS && sample.answering == last.answering)
+    let horizon = horizon_seconds(settings, learned) + PACE_SECONDS;
+    let span = horizon.clamp(TREND_SECONDS.0, TREND_SECONDS.1) as i64;
+    let within = || samples.iter().rev().take_while(move |sample| now - sample.at <= span);
+    // What full pods show of a load is less than the load: it seems to rise when another one becomes ready.
+    let is_hidden = within().any(|sample| sample.full);
+    let recent: Vec<(f64, f64)> = within()
+        .take_while(|sample| !is_hidden || sample.answering == last.answering)
         .map(|sample| ((sample.at - now) as f64, sample.need))
         .collect();
-    let last = last.need;
     let count = recent.len() as f64;
     if count < FEWEST_SAMPLES {
-        return Some(last);
+        return Some(last.need);
     }
     let mean = |of: &dyn Fn(&(f64, f64)) -> f64| recent.iter().map(of).sum::<f64>() / count;
     let (at, need) = (mean(&|sample| sample.0), mean(&|sample| sample.1));
-    let spread = mean(&|sample| (sample.0 - at).powi(2));
-    let slope = mean(&|sample| (sample.0 - at) * (sample.1 - need)) / spread.max(1.0);
-    let noise = mean(&|sample| (sample.1 - need - slope * (sample.0 - at)).powi(2)).sqrt();
-    // A slope within the noise is none.
-    let slope = if slope.abs() * spread.sqrt() > noise {
-        slope
+    let spread = mean(&|sample| (sample.0 - at).powi(2)).max(1.0);
+    let slope = mean(&|sample| (sample.0 - at) * (sample.1 - need)) / spread;
+    let left = mean(&|sample| (sample.1 - need - slope * (sample.0 - at)).powi(2));
+    let noise = (left * count / (count - 2.0)).sqrt();
+    // A slope within twice its standard error is none.
+    let is_trend = slope > 2.0 * noise / (count * spread).sqrt();
+    let (level, error) = if is_trend {
+        (
+            need - slope * at + (slope * horizon).min(MOST_AHEAD * need),
+            noise * (1.0 / count + at.powi(2) / (count * spread)).sqrt(),
+        )
     } else {
-        0.0
+        // Without a trend the newest third counts, as a step shows there first.
+        let newest = &recent[..(recent.len() / 3).max(3)];
+        let level = newest.iter().map(|sample| sample.1).sum::<f64>() / newest.len() as f64;
+        (level, noise / (newest.len() as f64).sqrt())
     };
-    let level = need - slope * at;
-    Some(
-        (level + slope.max(0.0) * horizon_seconds(settings, learned) + NOISE_DEVIATIONS * noise / count.sqrt())
-            .max(0.0),
-    )
+    Some((level + NOISE_DEVIATIONS * error).max(0.0))
 }
 
 fn whole(need: f64) -> u32 {
@@ -440,7 +461,8 @@ fn horizon_seconds(settings: &Settings, learned: &Learned) -> f64 {
 
 /// Time that a lower load must last before replicas become fewer, in seconds.
 fn window_seconds(settings: &Settings, learned: &Learned) -> i64 {
-    let measured = (2.0 * horizon_seconds(settings, learned)).clamp(WINDOW_SECONDS.0, WINDOW_SECONDS.1) as i64;
+    let measured =
+        (WINDOW_COLD_STARTS * horizon_seconds(settings, learned)).clamp(WINDOW_SECONDS.0, WINDOW_SECONDS.1) as i64;
     settings.window_seconds.unwrap_or(measured)
 }
 

@@ -154,8 +154,8 @@ fn down_needs_a_whole_window_and_never_happens_beside_a_silent_pod() {
         .position(|decision| decision.replicas < decision.before)
         .expect("it fell");
     assert!(
-        at as i64 * PACE_SECONDS >= 240,
-        "the window is twice the cold start that is assumed: {at}"
+        at as i64 * PACE_SECONDS >= 300,
+        "the window is 2.5 times the cold start that is assumed: {at}"
     );
     assert_eq!(down[at].cause, Cause::LoadFell);
 
@@ -176,7 +176,7 @@ fn a_restart_holds_a_window_but_does_not_forget_what_was_learned() {
     assert!(text.len() < 500, "{text}");
     let mut memory: Memory = serde_json::from_str(&text).expect("reads");
     assert_eq!(memory.learned, before.learned);
-    for step in 0..16 {
+    for step in 0..20 {
         let decision = decide(
             &settings(1, 8),
             &memory,
@@ -190,7 +190,7 @@ fn a_restart_holds_a_window_but_does_not_forget_what_was_learned() {
         &settings(1, 8),
         &memory,
         &fleet(vec![pod(0.25, 2.0, 0.0); 2]),
-        10_000 + 16 * PACE_SECONDS,
+        10_000 + 20 * PACE_SECONDS,
     );
     assert_eq!(decision.replicas, 1, "{}", decision.message);
 }
@@ -216,7 +216,7 @@ fn a_cold_start_is_measured_and_looked_ahead_by() {
         0.2 + 0.7 * (step * PACE_SECONDS) as f64 / 600.0
     });
     let first = rising.iter().find(|decision| decision.replicas > 1).expect("it rose");
-    assert!(first.measured.need.expect("measured") < 0.95, "{}", first.message);
+    assert!(first.measured.need.expect("measured") < 1.0, "{}", first.message);
 }
 
 #[test]
@@ -255,7 +255,7 @@ fn whatever_the_load_no_up_is_followed_by_a_down_within_a_window() {
             }
             if decision.replicas < decision.before {
                 let since = up_at.map_or(i64::MAX, |at| (step as i64 - at) * PACE_SECONDS);
-                assert!(since >= 240, "down {since} s after up: {}", decision.message);
+                assert!(since >= 300, "down {since} s after up: {}", decision.message);
             }
             assert!((1..=12).contains(&decision.replicas));
         }

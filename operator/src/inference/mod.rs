@@ -24,6 +24,7 @@ use crate::engine::kind::{Env, Kind, Observed, Outcome, Planned, Ref, Refusal, R
 use crate::run;
 
 pub use check::{Checked, wants};
+pub use scale::settings;
 pub use scaling::observed;
 
 impl Kind for InferenceService {

@@ -155,7 +155,11 @@ fn held(memory: Memory) -> Decision {
     }
 }
 
-fn settings(service: &InferenceService, autoscale: &Autoscale) -> Result<Settings, String> {
+/// What the policy is told to keep.
+///
+/// # Errors
+/// Settings that cannot be kept, in words for the user.
+pub fn settings(service: &InferenceService, autoscale: &Autoscale) -> Result<Settings, String> {
     let count = |number: i32| u32::try_from(number).unwrap_or(0);
     let latency = |field: &str, latency: &Option<strata_api::Latency>| match latency {
         None => Ok(None),
