@@ -174,12 +174,11 @@ pub fn check(service: &InferenceService, observed: &Observed, env: &Env) -> Resu
     })
 }
 
-/// Where the serving pods go.
-fn place(
-    service: &InferenceService,
-    observed: &Observed,
-    env: &Env,
-) -> Result<Option<Result<(Preflight, String), Misfit>>, String> {
+/// Where the serving pods go and which image they have, or why nowhere.
+type Placed = Result<(Preflight, String), Misfit>;
+
+/// Where the serving pods go; `None`: wherever there is room.
+fn place(service: &InferenceService, observed: &Observed, env: &Env) -> Result<Option<Placed>, String> {
     if service.spec.common.hardware.is_none() {
         return Ok(None);
     }
