@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 
 use crate::bed::Bed;
 use crate::bed::command::{self, say};
@@ -17,8 +17,8 @@ pub const NAMESPACE: &str = "strata-system";
 /// User that the operator's pods write as.
 pub const USER: &str = "system:serviceaccount:strata-system:strata-operator";
 
-/// The commit of the last chart before this one.
-const PREVIOUS: &str = "2711e47";
+/// The last chart before this one, of commit 2711e47: kept here, as a clone may have no history.
+const PREVIOUS: &[u8] = include_bytes!("../manifests/chart-2711e47.tar.gz");
 const MONITORING_CRDS: &str = include_str!("../manifests/monitoring-crds.yaml");
 
 /// The chart.
@@ -43,17 +43,12 @@ pub fn helm(bed: &Bed) -> Result<Command> {
     Ok(helm)
 }
 
-/// The chart that users may have now, from this repository's history: [`PREVIOUS`], unpacked into `folder`.
+/// The chart that users may have now, unpacked into `folder`.
 ///
 /// # Errors
-/// The history is not there.
+/// The folder cannot be written.
 pub fn previous_chart(folder: &Path) -> Result<PathBuf> {
-    let archive = folder.join("chart.tar");
-    let mut git = Command::new("git");
-    git.arg("-C").arg(chart().join("../..")).args(["archive", "--output"]);
-    git.arg(&archive).args([PREVIOUS, "charts/strata"]);
-    command::output(&mut git).context("the previous chart is in the history: run `git fetch --unshallow`")?;
-    tar::Archive::new(std::fs::File::open(archive)?).unpack(folder)?;
+    tar::Archive::new(flate2::read::GzDecoder::new(PREVIOUS)).unpack(folder)?;
     Ok(folder.join("charts/strata"))
 }
 

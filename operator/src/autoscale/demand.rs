@@ -4,7 +4,8 @@
 //! c·cached tokens`; under a steady load both sums grow with the time that a step takes, so that the time is
 //! `a / (1 − busy)`, where `busy` is the load's share of the most that the replica can carry, whatever the mix of prompts and
 //! answers. `a`, the time between tokens without load, is the least one seen. So `busy = 1 − a / time between tokens`: a
-//! capacity that is measured at any load, and not only when it is reached.
+//! capacity that is measured at any load, and not only when it is reached. Of a light load it says too little, as a few more
+//! sequences hardly lengthen a step: there the tokens computed, against the capacity that was seen, are the least it can be.
 //!
 //! **How busy a replica may be** follows from the objectives by the same law: a latency of `τ / (1 − busy)` keeps its objective
 //! up to `busy = 1 − τ / objective`.
@@ -22,6 +23,10 @@ const MOST_BUSY: f64 = 0.85;
 const LEAST_BUSY: f64 = 0.25;
 /// Above that a replica counts as full: its latencies tell of the queue and no longer of the load.
 const FULL: f64 = 0.9;
+/// Below that the time between tokens says too little, and the capacity is not learned from it.
+const LIGHT: f64 = 0.4;
+/// The most that the learned capacity makes of a light load: it may be of another mix of prompts and answers.
+const MOST_BY_CAPACITY: f64 = 0.6;
 /// Weight of a new observation in what is learned slowly.
 const SLOW: f64 = 0.1;
 /// How much the least time between tokens grows in each window: the model or the mix may have changed.
@@ -152,6 +157,8 @@ pub fn measure(
     }
     learn_idle_token(learned, &loads);
     measured.busy = total(&loads, |load| busy(load, learned)).map(|sum| sum / count);
+    let busy_by_time = total(&loads, |load| busy_by_time(load, learned)).map(|sum| sum / count);
+    learn_capacity(learned, &measured, busy_by_time);
     learn_latencies(learned, &measured);
     let (limit, by) = busy_limit(targets, learned);
     measured.busy_limit = Some(limit);
@@ -203,14 +210,22 @@ fn token_seconds(load: &Load) -> Option<f64> {
         .filter(|mean| histogram.count() >= FEWEST_OBSERVATIONS && *mean > 0.0)
 }
 
-/// How busy a replica is; one that generated nothing and has nothing to do is not.
-fn busy(load: &Load, learned: &Learned) -> Option<f64> {
+/// How busy a replica is by the time between tokens; one that generated nothing and has nothing to do is not.
+fn busy_by_time(load: &Load, learned: &Learned) -> Option<f64> {
     let idle = load.window_seconds > 0.0 && load.running == Some(0.0) && load.waiting == Some(0.0);
     match (token_seconds(load), learned.idle_token_seconds) {
         (Some(seconds), Some(least)) => Some((1.0 - least / seconds).clamp(0.0, 1.0)),
         _ if idle => Some(0.0),
         _ => None,
     }
+}
+
+/// How busy a replica is.
+fn busy(load: &Load, learned: &Learned) -> Option<f64> {
+    let by_capacity = tokens_per_second(load)
+        .zip(learned.capacity_tokens_per_second)
+        .map_or(0.0, |(tokens, capacity)| (tokens / capacity).min(MOST_BY_CAPACITY));
+    Some(busy_by_time(load, learned)?.max(by_capacity))
 }
 
 fn learn_idle_token(learned: &mut Learned, loads: &[&Load]) {
@@ -226,23 +241,26 @@ fn learn_idle_token(learned: &mut Learned, loads: &[&Load]) {
     }
 }
 
+/// What is far off tells of a moment's queue and counts less.
+fn blend(slot: &mut Option<f64>, seen: f64) {
+    *slot = Some(slot.map_or(seen, |before| {
+        before + SLOW * (seen.clamp(before / 2.0, before * 1.5) - before)
+    }));
+}
+
+fn learn_capacity(learned: &mut Learned, measured: &Measured, busy_by_time: Option<f64>) {
+    let tells = |busy: &f64| (LIGHT..FULL).contains(busy);
+    if let Some((busy, tokens)) = busy_by_time.filter(tells).zip(measured.tokens_per_second) {
+        let capacity = tokens / busy / f64::from(measured.answering);
+        blend(&mut learned.capacity_tokens_per_second, capacity);
+    }
+}
+
 fn learn_latencies(learned: &mut Learned, measured: &Measured) {
     let Some(busy) = measured.busy.filter(|busy| *busy < FULL) else {
         return;
     };
     let queued = measured.waiting.unwrap_or(0.0) > f64::from(measured.answering);
-    let blend = |slot: &mut Option<f64>, seen: f64| {
-        // What is far off tells of a moment's queue and counts less.
-        *slot = Some(slot.map_or(seen, |before| {
-            before + SLOW * (seen.clamp(before / 2.0, before * 1.5) - before)
-        }));
-    };
-    if let Some(tokens) = measured.tokens_per_second.filter(|_| busy > 0.2) {
-        blend(
-            &mut learned.capacity_tokens_per_second,
-            tokens / busy / f64::from(measured.answering),
-        );
-    }
     if queued {
         return;
     }

@@ -3,7 +3,8 @@
 //! - **Up** at once, to what the load will need when a pod that is made now is ready: its level, its trend over the measured
 //!   cold start, and its noise. Pods that start count as capacity that comes.
 //! - **Down** only to what the load needed at its highest in a whole window, with a quarter to spare, and not within a window after
-//!   any change: in no window is there an up and then a down, so it cannot flap.
+//!   any change: in no window is there an up and then a down. While it does not know yet what a pod can carry, it may err once; of
+//!   a steady load it then stays at its number.
 //! - **Missing is not zero.** A silent pod is counted neither as idle nor as full: it keeps its place, nothing is scaled down
 //!   while one is silent, and what is needed is seen from the others.
 //! - After a restart, or a time without decisions, nothing is scaled down for one window: what was before is not known.

@@ -298,7 +298,8 @@ fn a_model_is_found_by_its_digest_and_another_is_not_served() {
     let plain = format!("file://{}", place.path("prompt.txt").display());
     assert_eq!(locate(&plain, None), Some(0));
     assert!(place.path("model/current").is_file());
-    assert_eq!(locate("file:///nowhere", None), Some(70));
+    let absent = format!("file://{}", place.path("nowhere").display());
+    assert_eq!(locate(&absent, None), Some(70));
     assert!(
         fs::read_to_string(place.path("words"))
             .expect("words")
