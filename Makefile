@@ -15,7 +15,7 @@ SLOT ?= 1
 RESOURCES ?= 10000
 NODES ?= 1000
 # Always the whole workspace, filtered by target: with `-p`, cargo would choose other features and compile all anew.
-E2E := bed health manifests chart bad_input plugin release autoscale monitoring story
+E2E := bed health manifests chart bad_input plugin release autoscale monitoring placement endpoint gang story
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-down test preflight lint lint-cuda deny generate generated test-unit test-e2e test-argocd test-interop test-clients bench-serve bench-autoscale bench-operator test-parity performance-page soak-serve fuzz programs bed bed-down

@@ -177,6 +177,19 @@ impl Shape<'_> {
         }
     }
 
+    /// How many of its pods such a node has room for. Accelerators are taken by the node: one pod. Of processors each takes what
+    /// it asks for, and several may stand on one node.
+    fn pods_on(&self, node: &Node) -> u32 {
+        let most = |has: f64, asks: f64| if asks > 0.0 { has / asks } else { f64::INFINITY };
+        let demand = self.demand;
+        match self.row.family {
+            Family::Cpu => most(node.cpu_millis, demand.cpu_millis)
+                .min(most(node.memory_bytes, demand.memory_bytes))
+                .clamp(1.0, 1024.0) as u32,
+            _ => 1,
+        }
+    }
+
     fn offered(&self, node: &Node) -> u32 {
         let resource = self.resource.as_ref();
         resource
@@ -282,7 +295,7 @@ fn choices<'a>(
         let alike = (&node.pool, per_node, hosts, rdma(shape, node, table));
         let pool = pools.entry(alike).or_default();
         pool.0.push(node);
-        pool.1 = pool.1.saturating_add(how_many);
+        pool.1 = pool.1.saturating_add(how_many.saturating_mul(shape.pods_on(node)));
     }
     let enough = pools
         .into_iter()

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use strata_api::{Hardware, PodOverrides, Reason};
 
 use super::schedule::tolerates;
-use super::{Demand, Engine, Fleet, Node, Placement, Seat, Table, engine, fit};
+use super::{Demand, Engine, Family, Fleet, Node, Placement, Seat, Table, engine, fit};
 use crate::engine::kind::{Kind, Observed, Refusal, ResourceKind};
 use crate::fixtures::{Attempt, NOW, at, env, inference, observe, pretrain, published, started, to};
 use crate::workload::pod::Sizes;
@@ -597,7 +597,11 @@ proptest! {
                 .filter(|node| node.pool_name() == placement.pool.as_deref())
                 .filter(|node| placement.resources.iter().all(|(name, count)| node.resources.get(name).is_some_and(|has| has >= count)))
                 .collect();
-            prop_assert!(fitting.len() >= placement.nodes as usize);
+            let room = |node: &&Node| match placement.family {
+                Family::Cpu => (node.cpu_millis / demand.cpu_millis).min(node.memory_bytes / demand.memory_bytes) as usize,
+                _ => 1,
+            };
+            prop_assert!(fitting.iter().map(room).sum::<usize>() >= placement.nodes as usize);
             for node in &fitting {
                 prop_assert!(node.cpu_millis >= demand.cpu_millis && node.memory_bytes >= demand.memory_bytes);
                 prop_assert!(node.taints.iter().all(|taint| placement.tolerations.iter().any(|one| tolerates(one, taint))));

@@ -1,0 +1,248 @@
+//! Fake nodes of the clouds' shapes and the real scheduler: work goes where its hardware is, and where there is none the
+//! status says what would do.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use k8s_openapi::api::core::v1::{Node, Pod};
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
+use kube::{Api, ResourceExt as _};
+use serde_json::{Value, json};
+use strata_api::{Dataset, Hardware, PretrainJob};
+use strata_e2e::fleet::{Fleet, LABEL};
+use strata_e2e::strata::{apply, condition};
+use strata_e2e::{Context, install, run, wait, with_temp_ns};
+use strata_operator::placement::{Demand, Engine, Table, fit};
+use strata_operator::workload::pod::Sizes;
+
+const DEADLINE: Duration = Duration::from_secs(60);
+
+/// A node as a cloud would label it; kwok makes it ready.
+fn node(name: &str, labels: Value, devices: Value, taint: &str, conditions: Value) -> Result<Node> {
+    let mut node = json!({
+        "metadata": {"name": name, "labels": {LABEL.0: LABEL.1, "kubernetes.io/hostname": name, "kubernetes.io/os": "linux"}},
+        "spec": {"taints": [{"key": taint, "value": "gpu", "effect": "NoSchedule"}]},
+        "status": {"allocatable": {"cpu": "64", "memory": "512Gi", "pods": "110", "ephemeral-storage": "1Ti"}, "conditions": conditions},
+    });
+    let add = |target: &mut Value, more: &Value| {
+        for (key, value) in more.as_object().into_iter().flatten() {
+            target[key] = value.clone();
+        }
+    };
+    add(&mut node["metadata"]["labels"], &labels);
+    add(&mut node["status"]["allocatable"], &devices);
+    node["status"]["capacity"] = node["status"]["allocatable"].clone();
+    Ok(serde_json::from_value(node)?)
+}
+
+fn gpu(name: &str, product: &str, more: Value, conditions: Value) -> Result<Node> {
+    let mut labels =
+        json!({"nvidia.com/gpu.product": product, "kubernetes.azure.com/agentpool": format!("{name}-pool")});
+    for (key, value) in more.as_object().into_iter().flatten() {
+        labels[key] = value.clone();
+    }
+    node(name, labels, json!({"nvidia.com/gpu": "1"}), "sku", conditions)
+}
+
+fn tpu(pool: &str, host: usize) -> Result<Node> {
+    let labels = json!({
+        "cloud.google.com/gke-nodepool": pool,
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
+        "cloud.google.com/gke-tpu-topology": "4x4",
+    });
+    node(
+        &format!("{pool}-{host}"),
+        labels,
+        json!({"google.com/tpu": "4"}),
+        "google.com/tpu",
+        json!([]),
+    )
+}
+
+async fn add(context: &Context, node: Node) -> Result<()> {
+    let api = Api::<Node>::all(context.client.clone());
+    api.create(&PostParams::default(), &node).await?;
+    let usable = |node: Option<&Node>| {
+        let taints = node
+            .and_then(|node| node.spec.as_ref()?.taints.as_ref())
+            .into_iter()
+            .flatten();
+        wait::node_is_ready(node)
+            && taints
+                .into_iter()
+                .all(|taint| !taint.key.starts_with("node.kubernetes.io/"))
+    };
+    wait::until(&api, &node.name_any(), "is ready", DEADLINE, usable)
+        .await
+        .map(drop)
+}
+
+async fn remove_nodes(context: &Context) -> Result<()> {
+    let api = Api::<Node>::all(context.client.clone());
+    let ours = ListParams::default().labels(&format!("{}={}", LABEL.0, LABEL.1));
+    api.delete_collection(&DeleteParams::default(), &ours).await?;
+    Ok(())
+}
+
+/// A PretrainJob on the Dataset `words` with this hardware.
+async fn start(context: &Context, name: &str, hardware: &str) -> Result<()> {
+    let job = run::pretrain(name, 2048).replace("  pod:", &format!("  hardware: {hardware}\n  pod:"));
+    apply(context, &job).await
+}
+
+/// The node that the pod of `name` was given.
+async fn node_of(context: &Context, name: &str) -> Result<String> {
+    let ours = ListParams::default().labels(&format!("strata.dev/name={name}"));
+    let api = context.api::<Pod>();
+    wait::poll(&format!("a pod of {name} has a node"), DEADLINE, || async {
+        let pods = api.list(&ours).await?;
+        Ok(pods.iter().find_map(|pod| pod.spec.as_ref()?.node_name.clone()))
+    })
+    .await
+}
+
+/// Waits until Placed of `name` has this reason; its message.
+async fn placed(context: &Context, name: &str, reason: &str) -> Result<String> {
+    let has = |job: Option<&PretrainJob>| {
+        job.and_then(|job| condition(job, "Placed"))
+            .is_some_and(|(_, said, _)| said == reason)
+    };
+    let job = wait::until(&context.api::<PretrainJob>(), name, reason, DEADLINE, has).await?;
+    Ok(condition(&job, "Placed").context("it was there")?.2)
+}
+
+#[tokio::test]
+async fn work_goes_to_the_nodes_that_its_hardware_names_or_says_what_would_do() {
+    with_temp_ns(|context| async move {
+        install::operator(
+            &context.bed,
+            &["runtimeImageCuda.repository=strata.local/strata-runtime-cuda"],
+        )?;
+        // Pods of Jobs run to the end of the test.
+        let mut kwok = Fleet::start(&context.bed, 3600, "")?;
+        remove_nodes(&context).await?;
+        let outcome = on_fake_nodes(&context).await;
+        kwok.check()?;
+        remove_nodes(&context).await?;
+        outcome
+    })
+    .await;
+}
+
+async fn on_fake_nodes(context: &Context) -> Result<()> {
+    let spot = json!({"kubernetes.azure.com/scalesetpriority": "spot"});
+    let sick = json!([{"type": "XIDErrors", "status": "True", "reason": "Xid79", "message": "fell off the bus"}]);
+    let sxm = "NVIDIA-H100-80GB-HBM3";
+    for node in [
+        gpu("sick", sxm, json!({}), sick)?,
+        gpu("pcie", "NVIDIA-H100-PCIe", json!({}), json!([]))?,
+        gpu("sxm", sxm, json!({}), json!([]))?,
+        gpu("spot", "NVIDIA-A100-SXM4-80GB", spot, json!([]))?,
+        gpu("stays", "NVIDIA-A100-SXM4-80GB", json!({}), json!([]))?,
+    ] {
+        add(context, node).await?;
+    }
+    context.claim("artifacts", "1Gi", None).await?;
+    // A data set that was published, as far as its status says: nothing here computes.
+    apply(context, &run::WORDS.replace("  retries: 0\n", "  suspend: true\n")).await?;
+    let artifact = json!({"uri": "pvc://artifacts/words", "digest": format!("sha256:{}", "0".repeat(64)), "bytes": 1, "runId": "0"});
+    context
+        .api::<Dataset>()
+        .patch_status(
+            "words",
+            &PatchParams::default(),
+            &Patch::Merge(json!({"status": {"artifact": artifact}})),
+        )
+        .await?;
+
+    start(
+        context,
+        "joined",
+        "{accelerator: nvidia-h100, interconnect: {nvlink: Required}}",
+    )
+    .await?;
+    ensure!(
+        node_of(context, "joined").await? == "sxm",
+        "NVLink, and not the sick node"
+    );
+    start(context, "any", "{accelerator: nvidia-h100}").await?;
+    ensure!(
+        node_of(context, "any").await? == "pcie",
+        "the one that is left and well"
+    );
+
+    start(context, "first", "{accelerator: nvidia-a100, capacity: Any}").await?;
+    ensure!(node_of(context, "first").await? == "spot");
+    start(context, "second", "{accelerator: nvidia-a100, capacity: Any}").await?;
+    ensure!(node_of(context, "second").await? == "stays", "spot is full");
+
+    start(context, "rocm", "{accelerator: amd-mi300x}").await?;
+    let said = placed(context, "rocm", "EngineUnsupported").await?;
+    ensure!(said.contains("computes on CPU and CUDA"), "{said}");
+    start(context, "later", "{accelerator: nvidia-h200}").await?;
+    let said = placed(context, "later", "NoNodeFits").await?;
+    ensure!(said.contains("there is") && said.contains("nvidia-h100"), "{said}");
+    add(context, gpu("new", "NVIDIA-H200", json!({}), json!([]))?).await?;
+    ensure!(
+        node_of(context, "later").await? == "new",
+        "a node that comes wakes who waits for it"
+    );
+
+    slice(context).await
+}
+
+/// Pods of a slice, made from the placement as the operator makes it: four hosts of one pool, none of the half-built one.
+async fn slice(context: &Context) -> Result<()> {
+    for host in 0..4 {
+        if host < 2 {
+            add(context, tpu("half", host)?).await?;
+        }
+        add(context, tpu("whole", host)?).await?;
+    }
+    let nodes = Api::<Node>::all(context.client.clone())
+        .list(&ListParams::default())
+        .await?;
+    let table = Table::built_in();
+    let facts = nodes
+        .iter()
+        .map(|node| Arc::new(strata_operator::placement::Node::read(node, &table)))
+        .collect();
+    let fleet = strata_operator::placement::Fleet::new(table, Some(facts));
+    let hardware: Hardware = serde_json::from_value(json!({"accelerator": "google-tpu-v5e", "topology": "4x4"}))?;
+    let sizes = Sizes {
+        cpu_millis: 100,
+        memory_mib: 64,
+        memory_limit_mib: 128,
+    };
+    let demand = Demand::read(&hardware, &Default::default(), sizes, Engine::Container).map_err(anyhow::Error::msg)?;
+    let placement = fit::place(&demand, &fleet, &[]).map_err(|misfit| anyhow::Error::msg(misfit.message))?;
+    ensure!(
+        placement.nodes == 4 && placement.pool.as_deref() == Some("whole"),
+        "{placement:?}"
+    );
+    for host in 0..placement.nodes {
+        let pod: Pod = serde_json::from_value(json!({
+            "metadata": {"name": format!("slice-{host}"), "labels": {"strata.dev/name": format!("slice-{host}")}},
+            "spec": {
+                "nodeSelector": placement.node_selector, "tolerations": placement.tolerations, "affinity": placement.node_affinity(),
+                "securityContext": {"runAsNonRoot": true, "runAsUser": 65532, "seccompProfile": {"type": "RuntimeDefault"}},
+                "containers": [{
+                    "name": "main", "image": "none",
+                    "resources": {"limits": placement.resources.iter().map(|(name, count)| (name.clone(), count.to_string()))
+                        .collect::<std::collections::BTreeMap<_, _>>()},
+                    "securityContext": {"allowPrivilegeEscalation": false, "capabilities": {"drop": ["ALL"]}},
+                }],
+            },
+        }))?;
+        context.create(&pod).await?;
+    }
+    let mut hosts = BTreeSet::new();
+    for host in 0..placement.nodes {
+        hosts.insert(node_of(context, &format!("slice-{host}")).await?);
+    }
+    let whole: BTreeSet<String> = (0..4).map(|host| format!("whole-{host}")).collect();
+    ensure!(hosts == whole, "{hosts:?}");
+    Ok(())
+}
