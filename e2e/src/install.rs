@@ -111,7 +111,9 @@ pub fn operator_from(chart: &Path, bed: &Bed, settings: &[&str]) -> Result<()> {
         };
     }
     for setting in settings {
-        helm.args(["--set", setting]);
+        // A tag of digits alone is a text too; and helm lets texts win over what is set otherwise, whatever comes last.
+        let flag = if setting.contains(".tag=") { "--set-string" } else { "--set" };
+        helm.args([flag, setting]);
     }
     command::output(&mut helm).map(drop)
 }
