@@ -112,7 +112,11 @@ pub fn operator_from(chart: &Path, bed: &Bed, settings: &[&str]) -> Result<()> {
     }
     for setting in settings {
         // A tag of digits alone is a text too; and helm lets texts win over what is set otherwise, whatever comes last.
-        let flag = if setting.contains(".tag=") { "--set-string" } else { "--set" };
+        let flag = if setting.contains(".tag=") {
+            "--set-string"
+        } else {
+            "--set"
+        };
         helm.args([flag, setting]);
     }
     command::output(&mut helm).map(drop)
