@@ -15,10 +15,10 @@ SLOT ?= 1
 RESOURCES ?= 10000
 NODES ?= 1000
 # Always the whole workspace, filtered by target: with `-p`, cargo would choose other features and compile all anew.
-E2E := bed health manifests chart bad_input plugin release autoscale monitoring placement endpoint gang story
+E2E := bed health manifests chart bad_input plugin release autoscale monitoring placement endpoint story
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-down test preflight lint lint-cuda deny generate generated test-unit test-e2e test-argocd test-interop test-clients bench-serve bench-autoscale bench-operator test-parity performance-page soak-serve fuzz programs bed bed-down
+.PHONY: help demo demo-down test preflight lint lint-cuda deny generate generated test-unit test-e2e test-gang test-argocd test-interop test-clients bench-serve bench-autoscale bench-operator test-parity performance-page soak-serve fuzz programs bed bed-down
 
 help: ## Show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -67,6 +67,13 @@ test-unit: programs ## Unit, property and mock-server tests
 
 test-e2e: bed ## Tests on a real cluster; it stays up when one fails
 	eval "$$($(BIN)/bed env --slot $(SLOT))" && cargo test --workspace $(E2E:%=--test %)
+	$(BIN)/bed down --slot $(SLOT)
+
+test-gang: programs ## Kueue's queues, JobSet and several nodes, with the real Kueue and JobSet (+5 minutes the first time)
+	$(BIN)/bed build --tools --queues
+	$(BIN)/bed up --slot $(SLOT)
+	$(BIN)/bed images --slot $(SLOT)
+	eval "$$($(BIN)/bed env --slot $(SLOT))" && cargo test --workspace --test gang
 	$(BIN)/bed down --slot $(SLOT)
 
 test-argocd: programs ## The real Argo CD on the tests' cluster: health, sync, self-heal, prune, no drift (+15 minutes the first time)

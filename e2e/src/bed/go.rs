@@ -50,14 +50,16 @@ pub const BED: [Program; 8] = [
 ];
 
 /// What only tests run.
-pub const TOOLS: [Program; 6] = [
+pub const TOOLS: [Program; 5] = [
     Program::Helm,
     Program::Kubeconform,
     Program::LuaHealth,
-    Program::Kueue,
-    Program::Jobset,
     Program::Prometheus,
+    Program::Kwok,
 ];
+
+/// Who else decides when and how pods begin.
+pub const QUEUES: [Program; 2] = [Program::Kueue, Program::Jobset];
 
 /// Argo CD: what `make test-argocd` runs, and nothing else.
 pub const ARGO_CD: [Program; 1] = [Program::Argocd];

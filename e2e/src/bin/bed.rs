@@ -22,6 +22,9 @@ enum Command {
         /// Also what only the tests run: helm, kubeconform and the like.
         #[arg(long)]
         tools: bool,
+        /// Also Kueue and JobSet.
+        #[arg(long)]
+        queues: bool,
         /// Also Argo CD.
         #[arg(long)]
         argo_cd: bool,
@@ -75,10 +78,13 @@ fn run(command: Command) -> anyhow::Result<()> {
         .build()?
         .block_on(async {
             match command {
-                Command::Build { tools, argo_cd } => {
+                Command::Build { tools, queues, argo_cd } => {
                     Bed::build()?;
                     if tools {
                         go::build(&go::TOOLS)?;
+                    }
+                    if queues {
+                        go::build(&go::QUEUES)?;
                     }
                     if argo_cd { go::build(&go::ARGO_CD) } else { Ok(()) }
                 }
