@@ -10,13 +10,14 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use k8s_openapi::NamespaceResourceScope;
-use k8s_openapi::api::core::v1::{Namespace, PersistentVolumeClaim, ServiceAccount};
+use k8s_openapi::api::core::v1::{Namespace, PersistentVolumeClaim, Pod, ServiceAccount};
 use kube::api::{DeleteParams, ListParams, ObjectMeta, PostParams};
 use kube::{Api, Client, Resource, ResourceExt};
 use rand::Rng;
 use rand::distr::Alphanumeric;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use strata_api::InferenceService;
 use tokio::sync::OnceCell;
 
 use crate::bed::Bed;
@@ -189,15 +190,34 @@ impl Context {
     }
 
     async fn end(&self) -> Result<()> {
-        let namespaces: Api<Namespace> = Api::all(self.client.clone());
-        namespaces.delete(&self.namespace, &DeleteParams::default()).await?;
-        wait::until_gone(&namespaces, &self.namespace, DEADLINE).await?;
+        remove(&self.client, &self.namespace).await?;
         let volumes = std::mem::take(&mut *self.volumes.lock().expect("no thread panics with the list in hand"));
         for volume in volumes {
             volume.remove(&self.client).await?;
         }
         Ok(())
     }
+}
+
+/// Removes a namespace. Services go first: while there is a pod that may take minutes to end, Kubernetes looks again only after
+/// half of them, however soon the pod is gone.
+async fn remove(client: &Client, namespace: &str) -> Result<()> {
+    let services: Api<InferenceService> = Api::namespaced(client.clone(), namespace);
+    let params = DeleteParams::default();
+    match services.delete_collection(&params, &ListParams::default()).await {
+        // The kind is not installed.
+        Err(kube::Error::Api(status)) if status.code == 404 => {}
+        answer => drop(answer?),
+    }
+    let pods: Api<Pod> = Api::namespaced(client.clone(), namespace);
+    let serving = ListParams::default().labels("app.kubernetes.io/component=serve");
+    wait::poll("the serving pods are gone", DEADLINE, || async {
+        Ok(pods.list(&serving).await?.items.is_empty().then_some(()))
+    })
+    .await?;
+    let namespaces: Api<Namespace> = Api::all(client.clone());
+    namespaces.delete(namespace, &params).await?;
+    wait::until_gone(&namespaces, namespace, DEADLINE).await
 }
 
 /// Removes the namespaces of an interrupted run, whose pods would compete with this one's. A bed has one suite at a time,
@@ -211,8 +231,7 @@ async fn remove_left_over(client: &Client) -> Result<()> {
         .filter(|name| name.starts_with(PREFIX))
     {
         say(format_args!("removing {namespace}, left over from an interrupted run"));
-        namespaces.delete(&namespace, &DeleteParams::default()).await?;
-        wait::until_gone(&namespaces, &namespace, DEADLINE).await?;
+        remove(client, &namespace).await?;
     }
     Ok(())
 }

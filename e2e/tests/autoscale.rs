@@ -57,16 +57,7 @@ async fn pods_come_with_the_load_and_go_with_it_and_no_answer_is_cut_off() {
         the_load_brings_a_pod_and_its_end_takes_one(&context).await?;
         nothing_is_written_while_nothing_happens(&context).await?;
         who_scales_the_deployment_is_named(&context).await?;
-        others_scale_by_themselves(&context).await?;
-        // Pods may take their time to end, and the namespace waits for them less long.
-        context
-            .kubectl(["delete", "inferenceservice", "chat", "--wait"])
-            .await?;
-        wait::poll("its pods are gone", DEADLINE, || async {
-            let serving = ["get", "pods", "-l", "app.kubernetes.io/component=serve", "-o", "name"];
-            Ok(context.kubectl(serving).await?.is_empty().then_some(()))
-        })
-        .await
+        others_scale_by_themselves(&context).await
     })
     .await;
 }
