@@ -1,7 +1,8 @@
 //! Who decides: the operator's policy, or one that it is compared with.
 
 use strata_operator::autoscale::Fleet;
-use strata_operator::autoscale::policy::{Memory, Settings, decide};
+use strata_operator::autoscale::policy::{Memory, decide};
+use strata_operator::autoscale::settings::Settings;
 
 /// A scaling policy, asked at a steady pace.
 pub trait Scaler {

@@ -1,7 +1,7 @@
 //! The model beside what can be worked out by hand, and beside what was measured.
 
 use proptest::prelude::*;
-use strata_operator::autoscale::policy::{Settings, Targets};
+use strata_operator::autoscale::settings::{Settings, Targets};
 use strata_operator::autoscale::{Fleet, Load, Replica};
 
 use crate::calibration::{H100_70B, NIM_70B, STRATA_CPU, STRATA_ROWS, modelled};

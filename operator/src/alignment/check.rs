@@ -6,7 +6,7 @@ use strata_contract::{AlignConfig, AlignEvaluation, AlignMethod, AlignTraining, 
 use crate::engine::kind::{Observed, Ref, ResourceKind};
 use crate::placement::preflight::{ModelShape, Work};
 use crate::pretrain::check::{learning_rate, schedule};
-use crate::run::check::{checkpoint, decimal, gates, unsigned};
+use crate::run::fields::{checkpoint, decimal, gates, unsigned};
 use crate::run::{Engine, InputRef, RunKind, Runs, Source};
 use crate::workload::pod::Sizes;
 

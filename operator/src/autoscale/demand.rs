@@ -12,7 +12,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::policy::Targets;
+use super::settings::Targets;
 use super::{Fleet, Histogram, Load, Replica};
 
 /// Observations that a mean or a quantile of a window needs.

@@ -1,4 +1,4 @@
-//! What servers call their figures, in one table, and the text in which they say them.
+//! What servers call their figures, in one table, and what is read of them.
 //!
 //! A figure that got another name must not stop scaling: every name that a server has had is here, and the first that is
 //! found counts. A figure that is not found is absent, which is not zero.
@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
+use super::exposition::sample;
 use super::{Histogram, Load};
 
 /// Labels that name the model of a series.
@@ -323,91 +324,6 @@ fn since(is: &Histogram, was: &Histogram) -> Histogram {
         buckets: ascending(pairs().map(|(is, was)| (is.0, is.1 - was.1)).collect()),
         sum_seconds: is.sum_seconds.zip(was.sum_seconds).map(|(is, was)| is - was),
     }
-}
-
-/// One line of the text format.
-struct Sample<'a> {
-    name: &'a str,
-    labels: &'a str,
-    value: f64,
-}
-
-impl Sample<'_> {
-    /// The value of a label, without its escapes.
-    fn label(&self, wanted: &str) -> Option<String> {
-        let mut rest = self.labels;
-        loop {
-            let (name, after) = rest.split_once('=')?;
-            let after = after.trim_start().strip_prefix('"')?;
-            let end = quoted_end(after)?;
-            if name.trim_matches(|c: char| c == ',' || c.is_whitespace()) == wanted {
-                return Some(unescape(&after[..end]));
-            }
-            rest = &after[end + 1..];
-        }
-    }
-}
-
-/// Reads `name{labels} value …`; comments, and what is neither, are nothing. What is not finite or below zero says nothing.
-fn sample(line: &str) -> Option<Sample<'_>> {
-    let line = line.trim();
-    if line.starts_with('#') {
-        return None;
-    }
-    let end = line.find(|c: char| c == '{' || c.is_whitespace())?;
-    let (name, rest) = line.split_at(end);
-    let (labels, rest) = match rest.strip_prefix('{') {
-        None => ("", rest),
-        Some(inside) => {
-            let end = labels_end(inside)?;
-            (&inside[..end], &inside[end + 1..])
-        }
-    };
-    let value: f64 = rest.split_whitespace().next()?.parse().ok()?;
-    let is_said = !name.is_empty() && value.is_finite() && value >= 0.0;
-    is_said.then_some(Sample { name, labels, value })
-}
-
-/// Where the bracket closes; one inside of quotes does not.
-fn labels_end(text: &str) -> Option<usize> {
-    let mut from = 0;
-    loop {
-        let at = from + text[from..].find(['"', '}'])?;
-        if text[at..].starts_with('}') {
-            return Some(at);
-        }
-        from = at + 1 + quoted_end(&text[at + 1..])? + 1;
-    }
-}
-
-/// Where the quotes close.
-fn quoted_end(text: &str) -> Option<usize> {
-    let mut escaped = false;
-    for (at, c) in text.char_indices() {
-        match c {
-            _ if escaped => escaped = false,
-            '\\' => escaped = true,
-            '"' => return Some(at),
-            _ => {}
-        }
-    }
-    None
-}
-
-fn unescape(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    let mut chars = text.chars();
-    while let Some(c) = chars.next() {
-        match c {
-            '\\' => match chars.next() {
-                Some('n') => out.push('\n'),
-                Some(other) => out.push(other),
-                None => {}
-            },
-            c => out.push(c),
-        }
-    }
-    out
 }
 
 #[cfg(test)]

@@ -11,9 +11,11 @@
 //! of a fleet instead of one.
 
 pub mod demand;
+mod exposition;
 pub mod metrics;
 pub mod policy;
 pub mod scrape;
+pub mod settings;
 
 #[cfg(test)]
 mod tests;

@@ -10,12 +10,12 @@ use std::time::{Duration, Instant};
 
 use futures::future::join_all;
 use k8s_openapi::jiff::Timestamp;
-use reqwest::redirect::Policy;
 use tokio::sync::Semaphore;
 
 use super::Load;
 use super::metrics::{Reading, Unread};
 use super::policy::Decision;
+use crate::engine::ask::{self, BodyError};
 use crate::engine::kind::Key;
 use crate::engine::watch::Wake;
 
@@ -140,18 +140,13 @@ impl Silence {
 impl Scraper {
     /// Asks pods and wakes the reconcile of their service after each round.
     ///
-    /// A pod is whatever its user makes of it: it sends the operator nowhere else, and no proxy stands in between. Its
-    /// certificate is of the names that clients know, and it is asked by its address, so that no certificate would fit: what
+    /// A pod's certificate is of the names that clients know, and it is asked by its address, so that no certificate would fit: what
     /// is sent is no secret, and what is read decides nothing but a number within the user's bounds.
     ///
     /// # Errors
     /// There is no TLS.
     pub fn new(wake: Wake) -> Result<Self, reqwest::Error> {
-        // It fails where one is installed already, which is as good.
-        let _ = tokio_rustls::rustls::crypto::ring::default_provider().install_default();
-        let http = reqwest::Client::builder()
-            .redirect(Policy::none())
-            .no_proxy()
+        let http = ask::client()
             .tls_danger_accept_invalid_certs(true)
             .connect_timeout(CONNECT_TIMEOUT)
             .pool_max_idle_per_host(1)
@@ -282,17 +277,14 @@ impl Inner {
 
     async fn fetch(&self, url: &str, path: &'static str) -> Result<String, Silence> {
         let connection = |error: reqwest::Error| Silence::Connection(root_cause(&error));
-        let mut response = self.http.get(url).send().await.map_err(connection)?;
+        let response = self.http.get(url).send().await.map_err(connection)?;
         if !response.status().is_success() {
             return Err(Silence::Status(path, response.status().as_u16()));
         }
-        let mut body = Vec::new();
-        while let Some(chunk) = response.chunk().await.map_err(connection)? {
-            if body.len() + chunk.len() > LIMIT_BYTES {
-                return Err(Silence::TooLarge);
-            }
-            body.extend_from_slice(&chunk);
-        }
+        let body = ask::body(response, LIMIT_BYTES).await.map_err(|error| match error {
+            BodyError::Http(error) => connection(error),
+            BodyError::TooLarge(_) => Silence::TooLarge,
+        })?;
         Ok(String::from_utf8_lossy(&body).into_owned())
     }
 }

@@ -1,7 +1,8 @@
 //! What the policy does, without pods.
 
 use super::demand::Driver;
-use super::policy::{Cause, Decision, Memory, Settings, SettingsError, Targets, decide};
+use super::policy::{Cause, Decision, Memory, decide};
+use super::settings::{Settings, SettingsError, Targets};
 use super::{Fleet, Histogram, Load, Replica};
 
 const PACE_SECONDS: i64 = 15;

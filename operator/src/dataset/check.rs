@@ -7,7 +7,7 @@ use strata_contract::{
 };
 
 use crate::engine::kind::ResourceKind;
-use crate::run::check::{decimal, gates, unsigned};
+use crate::run::fields::{decimal, gates, unsigned};
 use crate::run::{Engine, InputRef, RunKind, Runs};
 use crate::workload::pod::Sizes;
 

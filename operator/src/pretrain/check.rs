@@ -5,7 +5,7 @@ use strata_contract::{Input, LlamaShape, PretrainConfig, PretrainTraining, Stage
 
 use crate::engine::kind::{Observed, Ref, ResourceKind};
 use crate::placement::preflight::{ModelShape, Work};
-use crate::run::check::{checkpoint, decimal, gates, unsigned};
+use crate::run::fields::{checkpoint, decimal, gates, unsigned};
 use crate::run::{Engine, InputRef, RunKind, Runs};
 use crate::workload::pod::Sizes;
 

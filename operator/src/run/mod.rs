@@ -14,6 +14,7 @@
 pub mod attempt;
 pub mod check;
 pub mod conditions;
+pub mod fields;
 pub mod phase;
 pub mod plan;
 pub mod report;

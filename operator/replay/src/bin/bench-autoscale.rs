@@ -11,7 +11,7 @@ use std::path::Path;
 use std::sync::Mutex;
 
 use serde_json::{Value, json};
-use strata_operator::autoscale::policy::{Settings, Targets};
+use strata_operator::autoscale::settings::{Settings, Targets};
 use strata_replay::calibration::{H100_70B, NIM_70B, STRATA_CPU, modelled};
 use strata_replay::fleet::{Outcome, Router, Setup, run};
 use strata_replay::rivals::{Bounds, HpaOnCache, Keda, Saturation};
