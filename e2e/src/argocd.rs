@@ -8,7 +8,7 @@ use std::fs;
 use std::net::TcpListener;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -18,6 +18,7 @@ use serde_json::{Value, json};
 
 use crate::bed::command::{output, output_with_input, tail_of_file};
 use crate::bed::go::{self, Program};
+use crate::bed::process::Owned;
 use crate::bed::{Bed, machine};
 use crate::namespace::tool;
 use crate::wait;
@@ -38,17 +39,7 @@ pub struct ArgoCd {
     bed: Bed,
     applications: Api<DynamicObject>,
     folder: tempfile::TempDir,
-    programs: Vec<(&'static str, Child)>,
-}
-
-impl Drop for ArgoCd {
-    fn drop(&mut self) {
-        for (_, program) in &mut self.programs {
-            // One that has ended already is no trouble.
-            let _ = program.kill();
-            let _ = program.wait();
-        }
-    }
+    programs: Vec<(&'static str, Owned)>,
 }
 
 impl ArgoCd {
@@ -131,7 +122,7 @@ impl ArgoCd {
             .stdout(log.try_clone()?)
             .stderr(log);
         let child = command.spawn().with_context(|| format!("cannot start {name}"))?;
-        self.programs.push((name, child));
+        self.programs.push((name, Owned(child)));
         Ok(())
     }
 

@@ -3,7 +3,7 @@
 //! Pods on them run, and those of Jobs end well with a termination message; nothing is computed.
 
 use std::fs::{self, File};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use futures::{StreamExt as _, TryStreamExt as _, stream};
@@ -14,6 +14,7 @@ use serde_json::json;
 
 use crate::bed::Bed;
 use crate::bed::go::{self, Program};
+use crate::bed::process::Owned;
 use crate::wait;
 
 /// Label of the nodes that kwok plays; pods that are to run there select it.
@@ -25,7 +26,7 @@ pub const TAINT: &str = "strata.dev/fake";
 pub const CONCURRENCY: usize = 32;
 
 /// A running kwok. It ends with this value.
-pub struct Fleet(Child);
+pub struct Fleet(Owned);
 
 impl Fleet {
     /// Starts kwok on `bed`. Pods of Jobs end after `seconds`, and leave `message`.
@@ -49,7 +50,7 @@ impl Fleet {
             .stderr(log)
             .spawn()
             .context("kwok does not start")?;
-        Ok(Self(child))
+        Ok(Self(Owned(child)))
     }
 
     /// Whether it still runs.
@@ -57,20 +58,12 @@ impl Fleet {
     /// # Errors
     /// It has ended.
     pub fn check(&mut self) -> Result<()> {
-        let ended = self.0.try_wait()?;
+        let ended = self.0.0.try_wait()?;
         ensure!(
             ended.is_none(),
             "kwok ended: {ended:?}; its log is log/kwok.log of the bed"
         );
         Ok(())
-    }
-}
-
-impl Drop for Fleet {
-    fn drop(&mut self) {
-        // Either fails only if it has ended already.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
     }
 }
 

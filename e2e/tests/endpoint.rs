@@ -13,6 +13,7 @@ use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use reqwest::Certificate;
 use serde_json::{Value, json};
 use strata_api::InferenceService;
+use strata_e2e::bed::network::http_builder;
 use strata_e2e::strata::{apply, ready};
 use strata_e2e::{Context, install, run, wait, with_temp_ns};
 
@@ -184,10 +185,7 @@ async fn address(context: &Context) -> Result<SocketAddr> {
 
 /// A client that trusts `authority` alone and finds `host` at `address`.
 fn client(authority: &Certificate, host: &str, address: SocketAddr) -> Result<reqwest::Client> {
-    // Another test of this process may have been first.
-    let _ = tokio_rustls::rustls::crypto::ring::default_provider().install_default();
-    let client = reqwest::Client::builder()
-        .no_proxy()
+    let client = http_builder()
         .tls_certs_only([authority.clone()])
         .resolve(host, address);
     Ok(client.build()?)

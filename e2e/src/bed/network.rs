@@ -12,10 +12,14 @@ use crate::bed::slot::Slot;
 /// # Errors
 /// The machine has no source of randomness, or the like.
 pub fn http() -> Result<reqwest::Client> {
+    http_builder().build().context("cannot make an HTTP client")
+}
+
+/// As [`http`], to be set up further.
+pub fn http_builder() -> reqwest::ClientBuilder {
     // Also for plain HTTP, since reqwest has TLS in this workspace. Somebody else in this process may have been first.
     let _ = tokio_rustls::rustls::crypto::ring::default_provider().install_default();
-    let client = reqwest::Client::builder().no_proxy().build();
-    client.context("cannot make an HTTP client")
+    reqwest::Client::builder().no_proxy()
 }
 
 /// Joins the host to the network namespace of process `init`. The link goes with the namespace, and the routes with it.

@@ -78,6 +78,18 @@ fn start_ticks(pid: i32) -> Option<u64> {
     fields.nth(18)?.parse().ok()
 }
 
+/// A child that ends with this value.
+#[derive(Debug)]
+pub struct Owned(pub std::process::Child);
+
+impl Drop for Owned {
+    fn drop(&mut self) {
+        // Either fails only if it has ended already.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,6 +1,6 @@
 //! `strata lint`: manifests judged offline, with the server's words.
 
-use std::io::{Read, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::{fs, io};
@@ -8,6 +8,8 @@ use std::{fs, io};
 use clap::ValueEnum;
 use serde::Serialize;
 use strata_lint::{Finding, INPUT_LIMIT_BYTES, Severity, lint};
+
+use crate::input;
 
 /// What to judge, and how to say it.
 #[derive(clap::Args)]
@@ -53,8 +55,8 @@ fn judge(files: &[PathBuf], output: Output, out: &mut impl Write) -> io::Result<
     let mut judged = Vec::new();
     for file in files {
         for file in expand(file)? {
-            let text =
-                read(&file).map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", file.display())))?;
+            let text = input::read(&file, INPUT_LIMIT_BYTES as u64)
+                .map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", file.display())))?;
             judged.push((file.display().to_string(), lint(&text)));
         }
     }
@@ -93,17 +95,6 @@ fn expand(path: &Path) -> io::Result<Vec<PathBuf>> {
         }
     }
     Ok(files)
-}
-
-fn read(path: &Path) -> io::Result<String> {
-    // One byte more than is read: lint then says that it is too much.
-    let limit = INPUT_LIMIT_BYTES as u64 + 1;
-    let mut text = String::new();
-    match path == Path::new("-") {
-        true => io::stdin().take(limit).read_to_string(&mut text)?,
-        false => fs::File::open(path)?.take(limit).read_to_string(&mut text)?,
-    };
-    Ok(text)
 }
 
 #[cfg(test)]

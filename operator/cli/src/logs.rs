@@ -102,7 +102,7 @@ async fn read(
 async fn started(connection: &Connection, arguments: &Arguments) -> Result<Vec<String>> {
     let name = &arguments.resource.0;
     let api: Api<Pod> = Api::namespaced(connection.client.clone(), &connection.namespace);
-    let selector = format!("{}={},{}={}", labels::KIND, name.kind.name(), labels::NAME, name.name);
+    let selector = labels::selector(name.kind, &name.name);
     let mut said = String::new();
     loop {
         let all = resource::snapshot(connection).await?;

@@ -3,6 +3,7 @@
 mod chat;
 mod cluster;
 mod completion;
+mod input;
 mod lineage;
 mod lint;
 mod logs;

@@ -1,11 +1,9 @@
 //! `strata plan`: what the operator would say of hardware before anything starts, offline and by the same code.
 
 use std::collections::BTreeMap;
-use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::{fs, io};
 
 use anyhow::{Context as _, bail};
 use k8s_openapi::api::core::v1::Node as ApiNode;
@@ -19,6 +17,7 @@ use strata_operator::inference;
 use strata_operator::placement::preflight::Memory;
 use strata_operator::placement::{Fleet, Node, Table, Wants};
 
+use crate::input;
 use crate::output::{self, Format};
 
 /// Largest list of nodes that is read, in bytes: some thousand nodes.
@@ -265,20 +264,8 @@ fn nodes(text: &str) -> anyhow::Result<Vec<ApiNode>> {
 }
 
 fn read(path: &Path, limit_bytes: u64) -> anyhow::Result<String> {
-    let mut text = String::new();
-    let name = || path.display().to_string();
-    let count = match path == Path::new("-") {
-        true => io::stdin()
-            .take(limit_bytes + 1)
-            .read_to_string(&mut text)
-            .with_context(name)?,
-        false => fs::File::open(path)
-            .with_context(name)?
-            .take(limit_bytes + 1)
-            .read_to_string(&mut text)
-            .with_context(name)?,
-    };
-    if count as u64 > limit_bytes {
+    let text = input::read(path, limit_bytes).with_context(|| path.display().to_string())?;
+    if text.len() as u64 > limit_bytes {
         bail!("{}: more than {limit_bytes} bytes", path.display());
     }
     Ok(text)

@@ -2,7 +2,6 @@
 //! model of a fleet instead of one.
 
 use std::fmt::Write as _;
-use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
@@ -17,6 +16,7 @@ use strata_replay::fleet::{self, Outcome, Setup};
 use strata_replay::scaler::Ours;
 use strata_replay::trace::Trace;
 
+use crate::input;
 use crate::output::{self, Format};
 
 /// Lines of the table over time, at most.
@@ -145,11 +145,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
 /// The first InferenceService of a file, judged as the API server would.
 fn read(path: &Path) -> Result<InferenceService> {
     let shown = path.display();
-    let mut text = String::new();
-    let file = std::fs::File::open(path).with_context(|| format!("cannot read {shown}"))?;
-    file.take(INPUT_LIMIT_BYTES as u64 + 1)
-        .read_to_string(&mut text)
-        .with_context(|| format!("cannot read {shown}"))?;
+    let text = input::read(path, INPUT_LIMIT_BYTES as u64).with_context(|| format!("cannot read {shown}"))?;
     if text.len() > INPUT_LIMIT_BYTES {
         bail!("{shown} is larger than {INPUT_LIMIT_BYTES} bytes");
     }

@@ -60,8 +60,7 @@ impl Source<'_> {
         match self {
             Self::Caches(caches) => caches.owned(key),
             Self::Server(client) => {
-                let selector = format!("{}={},{}={}", labels::KIND, key.kind.name(), labels::NAME, key.name);
-                let ours = ListParams::default().labels(&selector);
+                let ours = ListParams::default().labels(&labels::selector(key.kind, &key.name));
                 let api: Api<O> = Api::namespaced(client.clone(), &key.namespace);
                 Ok(api.list(&ours).await?.items)
             }

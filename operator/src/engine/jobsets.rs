@@ -34,8 +34,7 @@ pub async fn gather(
     jobs: &[Job],
     pods: &mut [Pod],
 ) -> Result<Option<Vec<Job>>, kube::Error> {
-    let selector = format!("{}={},{}={}", labels::KIND, key.kind.name(), labels::NAME, key.name);
-    let of_resource = ListParams::default().labels(&selector);
+    let of_resource = ListParams::default().labels(&labels::selector(key.kind, &key.name));
     let jobsets = match api(client, &key.namespace).list(&of_resource).await {
         Ok(jobsets) => jobsets.items,
         // The API server knows no such objects.

@@ -1,6 +1,7 @@
 //! The only code that talks to the API server: `CR → gather → check → plan → apply → report → status`.
 
 pub mod apply;
+pub mod ask;
 pub mod backoff;
 pub mod cache;
 pub mod events;

@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt;
-use reqwest::redirect::Policy;
 use strata_contract::{Progress, STAGE_PORT};
 use tokio::sync::Semaphore;
 
+use super::ask::{self, BodyError};
 use super::kind::Key;
 use super::watch::Wake;
 use crate::run::report::PROGRESS_PERIOD;
@@ -36,15 +36,11 @@ pub struct Poller {
 type Answer = (Instant, Option<Progress>);
 
 impl Poller {
-    /// A pod is whatever its user makes of it: it sends the operator nowhere else, and no proxy stands in between.
+    /// Asks nobody yet.
     pub fn new(wake: Wake) -> Self {
-        // It speaks no TLS, but a client is not made without; it fails where one is installed already, which is as good.
-        let _ = tokio_rustls::rustls::crypto::ring::default_provider().install_default();
-        let http = reqwest::Client::builder().redirect(Policy::none()).no_proxy();
+        let http = ask::client().build();
         Self {
-            http: http
-                .build()
-                .expect("without TLS and proxies there is nothing to set up"),
+            http: http.expect("without certificates and proxies there is nothing to set up"),
             answers: Arc::default(),
             places: Arc::new(Semaphore::new(CONCURRENCY)),
             wake,
@@ -94,31 +90,22 @@ impl Poller {
     }
 
     async fn fetch(&self, url: &str) -> Result<Progress, FetchError> {
-        let mut response = self.http.get(url).send().await?.error_for_status()?;
-        let mut body = Vec::new();
-        while let Some(chunk) = response.chunk().await? {
-            if body.len() + chunk.len() > LIMIT_BYTES {
-                return Err(FetchError::TooLarge);
-            }
-            body.extend_from_slice(&chunk);
-        }
+        let response = self.http.get(url).send().await?.error_for_status()?;
+        let body = ask::body(response, LIMIT_BYTES).await?;
         Ok(serde_json::from_slice(&body)?)
     }
 }
 
 fn url(address: &str) -> String {
-    match address.contains(':') {
-        true => format!("http://[{address}]:{STAGE_PORT}/progress"),
-        false => format!("http://{address}:{STAGE_PORT}/progress"),
-    }
+    format!("http://{}:{STAGE_PORT}/progress", ask::host(address))
 }
 
 #[derive(Debug, thiserror::Error)]
 enum FetchError {
     #[error(transparent)]
     Http(#[from] reqwest::Error),
-    #[error("the answer is larger than {LIMIT_BYTES} bytes")]
-    TooLarge,
+    #[error(transparent)]
+    Body(#[from] BodyError),
     #[error("the answer is no progress: {0}")]
     Json(#[from] serde_json::Error),
 }
@@ -147,7 +134,7 @@ mod tests {
         assert_eq!((said.done, said.total), (1, 2));
         poller.fetch(&at("/away")).await.expect_err("no redirect is followed");
         let error = poller.fetch(&at("/large")).await.expect_err("too large");
-        assert!(matches!(error, FetchError::TooLarge), "{error}");
+        assert!(matches!(error, FetchError::Body(BodyError::TooLarge(_))), "{error}");
         server.abort();
     }
 }

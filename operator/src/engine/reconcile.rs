@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::jiff::Timestamp;
-use kube::core::object::HasStatus;
 use kube::{Client, ResourceExt};
 use strata_api::{Reason, RunStatus};
 
@@ -121,7 +120,6 @@ async fn step<K: Kind>(key: &Key, context: &Context) -> Result<Option<Duration>,
         observed,
         checked,
         planned,
-        ..
     }) = decision
     else {
         return Ok(None);
@@ -163,8 +161,6 @@ struct Decision<K: Kind> {
     observed: Observed,
     checked: Result<K::Checked, Refusal>,
     planned: Planned,
-    /// What would be said if the plan were empty.
-    said: <K as HasStatus>::Status,
 }
 
 /// `None`: the resource is gone, or going.
@@ -182,15 +178,12 @@ async fn decide<K: Kind>(source: Source<'_>, key: &Key, context: &Context) -> Re
     observed.scaling = context.scraper.look(key, resource.questions(&observed.pods));
     observed.fleet = context.fleet.now();
     let checked = resource.check(&observed, &context.env);
-    let now = Timestamp::now();
-    let planned = resource.plan(&checked, &observed, now);
-    let said = resource.report(&checked, &observed, now).status;
+    let planned = resource.plan(&checked, &observed, Timestamp::now());
     Ok(Some(Decision {
         resource,
         observed,
         checked,
         planned,
-        said,
     }))
 }
 
@@ -201,25 +194,28 @@ fn does_harm_if_old<K: Kind>(decision: &Decision<K>) -> bool {
     let Decision {
         resource,
         observed,
+        checked,
         planned,
-        said,
-        ..
     } = decision;
     let none = RunStatus::default();
     let before = resource.status().map_or(&none, Status::run_status);
-    let failure = |status: &RunStatus| status.run.as_ref().and_then(|run| run.failure.clone());
-    let said_run = said.run_status();
-
     let takes_away = !planned.delete.is_empty() || !planned.suspend.is_empty();
     let starts_again = planned.start.is_some() && before.run.is_some();
-    let judges_an_end = failure(said_run).is_some() && failure(said_run) != failure(before);
-    let misses_an_input = resource.refs().iter().any(|to| !observed.upstream.contains_key(to));
     // Who else writes their number is in no cache.
     let replicas = |deployment: &Option<Deployment>| deployment.as_ref().and_then(|one| one.spec.as_ref()?.replicas);
     let scales = observed.scaling.is_some()
         && planned.deployment.is_some()
         && replicas(&planned.deployment) != replicas(&observed.deployment);
-    takes_away || starts_again || judges_an_end || scales || (misses_an_input && resource.status() != Some(said))
+    if takes_away || starts_again || scales {
+        return true;
+    }
+    // What would be said if the plan were empty.
+    let said = resource.report(checked, observed, Timestamp::now()).status;
+    let failure = |status: &RunStatus| status.run.as_ref().and_then(|run| run.failure.clone());
+    let judged = failure(said.run_status());
+    let judges_an_end = judged.is_some() && judged != failure(before);
+    let misses_an_input = resource.refs().iter().any(|to| !observed.upstream.contains_key(to));
+    judges_an_end || (misses_an_input && resource.status() != Some(&said))
 }
 
 /// [`RESYNC`] and up to a fifth more, by the key, so that not all come at once.

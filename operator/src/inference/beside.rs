@@ -11,7 +11,8 @@ use strata_api::{InferenceService, InputStatus, Reason, RunStatus, Speculation};
 use strata_contract::Input;
 
 use crate::engine::kind::{Observed, Refusal, ResourceKind};
-use crate::run::check::{resolve_or_remember, unsigned};
+use crate::run::check::resolve_or_remember;
+use crate::run::fields::unsigned;
 use crate::run::{InputRef, Source};
 
 /// What an adapter is called among the inputs, before its own name.

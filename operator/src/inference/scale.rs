@@ -15,10 +15,12 @@ use super::phase::{is_ready, serving_pods};
 use super::scaling::{answers, names};
 use crate::autoscale::demand::{Learned, Measured};
 use crate::autoscale::metrics::Figure;
-use crate::autoscale::policy::{Cause, Decision, Memory, Settings, Targets, decide};
+use crate::autoscale::policy::{Cause, Decision, Memory, decide};
 use crate::autoscale::scrape::{Questions, Round, Target};
+use crate::autoscale::settings::{Settings, Targets};
 use crate::autoscale::{Fleet, Load, Replica};
 use crate::engine::apply::FIELD_MANAGER;
+use crate::engine::ask;
 use crate::engine::kind::Observed;
 use crate::workload::quantity;
 
@@ -72,11 +74,7 @@ pub fn questions(service: &InferenceService, pods: &[Pod]) -> Option<Questions> 
         return None;
     }
     let target = |pod: &&Pod| {
-        let address = pod.status.as_ref()?.pod_ip.as_deref()?;
-        let address = match address.contains(':') {
-            true => format!("[{address}]"),
-            false => address.to_owned(),
-        };
+        let host = ask::host(pod.status.as_ref()?.pod_ip.as_deref()?);
         let container = pod.spec.as_ref()?.containers.first()?;
         let port = container.ports.iter().flatten().next();
         let port = port.map_or(i32::from(SERVE_PORT), |port| port.container_port);
@@ -92,7 +90,7 @@ pub fn questions(service: &InferenceService, pods: &[Pod]) -> Option<Questions> 
         Some(Target {
             pod: pod.name_any(),
             uid: pod.uid()?,
-            base: format!("{scheme}://{address}:{port}"),
+            base: format!("{scheme}://{host}:{port}"),
         })
     };
     Some(Questions {

@@ -7,14 +7,13 @@
 //! ```
 
 use k8s_openapi::api::core::v1::{
-    Capabilities, Container, EmptyDirVolumeSource, EnvVar, PodTemplateSpec, ResourceRequirements, SecurityContext,
-    Volume, VolumeMount,
+    Container, EmptyDirVolumeSource, EnvVar, PodTemplateSpec, ResourceRequirements, Volume, VolumeMount,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use strata_api::ContainerNeeds;
 use strata_contract::{EXCHANGE_DIR, SHIM, SHIM_DIR, SHIM_LOADER, StageContainer};
 
-use super::pod::CONTAINER;
+use super::pod::{CONTAINER, restricted};
 use super::quantity;
 
 /// Name of the init container with Strata's image.
@@ -133,15 +132,7 @@ pub fn add_init(
             ..ResourceRequirements::default()
         }),
         volume_mounts: Some(mounts),
-        security_context: Some(SecurityContext {
-            allow_privilege_escalation: Some(false),
-            read_only_root_filesystem: Some(true),
-            capabilities: Some(Capabilities {
-                drop: Some(vec!["ALL".into()]),
-                ..Capabilities::default()
-            }),
-            ..SecurityContext::default()
-        }),
+        security_context: Some(restricted()),
         termination_message_path: Some("/dev/termination-log".into()),
         termination_message_policy: Some("FallbackToLogsOnError".into()),
         ..Container::default()

@@ -49,6 +49,11 @@ pub fn common(kind: ResourceKind, name: &str, component: &str) -> BTreeMap<Strin
     .collect()
 }
 
+/// The selector of everything that belongs to a resource.
+pub fn selector(kind: ResourceKind, name: &str) -> String {
+    format!("{KIND}={},{NAME}={name}", kind.name())
+}
+
 /// Whether a label is one of those that [`common`] and the builders set.
 pub fn is_ours(key: &str) -> bool {
     const OURS: [&str; 5] = [

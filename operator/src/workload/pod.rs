@@ -97,15 +97,7 @@ pub fn template(parts: PodParts<'_>) -> PodTemplateSpec {
             parts.placement,
         )),
         volume_mounts: Some(mounts),
-        security_context: Some(SecurityContext {
-            allow_privilege_escalation: Some(false),
-            read_only_root_filesystem: Some(true),
-            capabilities: Some(Capabilities {
-                drop: Some(vec!["ALL".into()]),
-                ..Capabilities::default()
-            }),
-            ..SecurityContext::default()
-        }),
+        security_context: Some(restricted()),
         termination_message_path: Some("/dev/termination-log".into()),
         termination_message_policy: Some("File".into()),
         ..Container::default()
@@ -167,6 +159,19 @@ pub fn template(parts: PodParts<'_>) -> PodTemplateSpec {
             affinity: placement.and_then(Placement::node_affinity),
             ..PodSpec::default()
         }),
+    }
+}
+
+/// What every container is denied: the Pod Security Standard "restricted", and a root file system to write to.
+pub fn restricted() -> SecurityContext {
+    SecurityContext {
+        allow_privilege_escalation: Some(false),
+        read_only_root_filesystem: Some(true),
+        capabilities: Some(Capabilities {
+            drop: Some(vec!["ALL".into()]),
+            ..Capabilities::default()
+        }),
+        ..SecurityContext::default()
     }
 }
 

@@ -10,20 +10,16 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use strata_contract::{FailureReason, Stage, VOLUMES_DIR, VOLUMES_ENV};
-use strata_harness::StageArguments;
+use strata_contract::{FailureReason, Stage};
+use strata_harness::{CommonArguments, StageArguments};
 use strata_stage::StageError;
 
 /// The stages of a language model's life, each as a subcommand.
 #[derive(Parser)]
 #[command(name = "strata-runtime", version)]
 struct Arguments {
-    /// How log lines are written.
-    #[arg(long, global = true, default_value = "text", value_parser = ["text", "json"])]
-    log_format: String,
-    /// Folder under which a `pvc://CLAIM/…` URI finds its claim.
-    #[arg(long, global = true, env = VOLUMES_ENV, default_value = VOLUMES_DIR)]
-    volumes: PathBuf,
+    #[command(flatten)]
+    common: CommonArguments,
     #[command(subcommand)]
     command: Command,
 }
@@ -46,8 +42,8 @@ enum Command {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    strata_harness::log(&arguments.log_format);
-    let volumes = arguments.volumes;
+    strata_harness::log(&arguments.common.log_format);
+    let volumes = arguments.common.volumes;
     let code = match arguments.command {
         Command::Curate(stage) => stage_of("curate", stage, volumes),
         Command::Pretrain(stage) => stage_of("pretrain", stage, volumes),

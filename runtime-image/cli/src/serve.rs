@@ -174,8 +174,8 @@ fn origin(artifact: &Opened, name: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use clap::Parser;
-    use strata_artifact::{Draft, RunFolder};
-    use strata_contract::{ArtifactKind, Resource};
+    use strata_artifact::{Attempt, Draft, RunFolder};
+    use strata_contract::{ArtifactKind, Manifest, Resource};
 
     use super::*;
 
@@ -225,13 +225,7 @@ mod tests {
         }
     }
 
-    #[test]
-    fn a_model_that_is_not_what_was_published_is_not_served() {
-        let root = tempfile::tempdir().expect("a temporary folder");
-        let uri = Uri::File(root.path().join("run"));
-        let run = RunFolder::new(&uri, root.path());
-        let attempt = run.attempt("a").expect("an attempt");
-        attempt.write("model.gguf", b"the weights").expect("a file");
+    fn publish(attempt: Attempt, kind: &str, name: &str) -> Manifest {
         let draft = Draft {
             kind: ArtifactKind::Model,
             run_id: "r".into(),
@@ -242,11 +236,21 @@ mod tests {
             facts: Default::default(),
         };
         let resource = Resource {
-            kind: "InferenceService".into(),
+            kind: kind.into(),
             namespace: String::new(),
-            name: "chat".into(),
+            name: name.into(),
         };
-        let manifest = attempt.publish(draft, resource, 1).expect("a publication");
+        attempt.publish(draft, resource, 1).expect("a publication")
+    }
+
+    #[test]
+    fn a_model_that_is_not_what_was_published_is_not_served() {
+        let root = tempfile::tempdir().expect("a temporary folder");
+        let uri = Uri::File(root.path().join("run"));
+        let run = RunFolder::new(&uri, root.path());
+        let attempt = run.attempt("a").expect("an attempt");
+        attempt.write("model.gguf", b"the weights").expect("a file");
+        let manifest = publish(attempt, "InferenceService", "chat");
         let file = run.path().join(&manifest.publication.content_path).join("model.gguf");
         fs::remove_file(&file).expect("published files are read-only");
         fs::write(&file, "The weights").expect("damage of the same size");
@@ -272,21 +276,7 @@ mod tests {
         ] {
             attempt.write(file, file.as_bytes()).expect("a file");
         }
-        let draft = Draft {
-            kind: ArtifactKind::Model,
-            run_id: "r".into(),
-            inputs: Vec::new(),
-            config: serde_json::json!({}),
-            metrics: Default::default(),
-            gates: Vec::new(),
-            facts: Default::default(),
-        };
-        let resource = Resource {
-            kind: "AlignmentJob".into(),
-            namespace: String::new(),
-            name: "polite".into(),
-        };
-        let manifest = attempt.publish(draft, resource, 1).expect("a publication");
+        let manifest = publish(attempt, "AlignmentJob", "polite");
         let content = run.path().join(&manifest.publication.content_path);
         let damage = |file: &str| {
             let text = fs::read_to_string(content.join(file)).expect("a published file");

@@ -6,9 +6,20 @@ mod run;
 
 use std::path::PathBuf;
 
-use strata_contract::{ATTEMPT_ENV, CONFIG_ENV};
+use strata_contract::{ATTEMPT_ENV, CONFIG_ENV, VOLUMES_DIR, VOLUMES_ENV};
 
 pub use run::run;
+
+/// What every subcommand is started with.
+#[derive(clap::Args, Debug)]
+pub struct CommonArguments {
+    /// How log lines are written.
+    #[arg(long, global = true, default_value = "text", value_parser = ["text", "json"])]
+    pub log_format: String,
+    /// Folder under which a `pvc://CLAIM/…` URI finds its claim.
+    #[arg(long, global = true, env = VOLUMES_ENV, default_value = VOLUMES_DIR)]
+    pub volumes: PathBuf,
+}
 
 /// What a stage is started with.
 #[derive(clap::Args, Debug)]

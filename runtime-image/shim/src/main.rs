@@ -21,19 +21,15 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use strata_contract::{EXCHANGE_DIR, VOLUMES_DIR, VOLUMES_ENV};
-use strata_harness::StageArguments;
+use strata_contract::EXCHANGE_DIR;
+use strata_harness::{CommonArguments, StageArguments};
 
 /// Runs a program of another image under Strata's stage contract.
 #[derive(Parser)]
 #[command(name = "strata-shim", version)]
 struct Arguments {
-    /// How log lines are written.
-    #[arg(long, global = true, default_value = "text", value_parser = ["text", "json"])]
-    log_format: String,
-    /// Folder under which a `pvc://CLAIM/…` URI finds its claim.
-    #[arg(long, global = true, env = VOLUMES_ENV, default_value = VOLUMES_DIR)]
-    volumes: PathBuf,
+    #[command(flatten)]
+    common: CommonArguments,
     #[command(subcommand)]
     command: Command,
 }
@@ -62,8 +58,8 @@ enum Command {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    strata_harness::log(&arguments.log_format);
-    let volumes = arguments.volumes;
+    strata_harness::log(&arguments.common.log_format);
+    let volumes = arguments.common.volumes;
     let code = match arguments.command {
         Command::Inject { folder } => inject::run(&folder),
         Command::Run {
