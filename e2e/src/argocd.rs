@@ -21,7 +21,7 @@ use crate::bed::go::{self, Program};
 use crate::bed::process::Owned;
 use crate::bed::{Bed, machine};
 use crate::namespace::tool;
-use crate::wait;
+use crate::{repository, wait};
 
 /// Its namespace.
 pub const NAMESPACE: &str = "argocd";
@@ -228,7 +228,7 @@ const APPLICATION: &str = "models";
 /// `config/argocd`.
 #[must_use]
 pub fn config() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../config/argocd")
+    repository::path("config/argocd")
 }
 
 /// One of `config/argocd/health-fixtures.yaml`.

@@ -5,7 +5,7 @@
 //! ```
 
 use std::io::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -18,6 +18,7 @@ use crate::bed::command::{self, say};
 use crate::bed::{Bed, slot, volume::Volume};
 use crate::chats::Way;
 use crate::image::catalog;
+use crate::repository;
 use manifests::{Fit, LABEL};
 
 mod forward;
@@ -104,10 +105,6 @@ impl Cluster {
             .args(["-f", "-"]);
         command::output_with_input(&mut kubectl, manifests).map(drop)
     }
-}
-
-fn repository() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 
 /// Runs the whole demo.
@@ -218,7 +215,7 @@ async fn prepare(cluster: &Cluster) -> Result<Fit> {
 }
 
 fn install(cluster: &Cluster, fit: &Fit) -> Result<()> {
-    let manifests = fit.render(cluster.kubectl(), &repository().join("config/default"))?;
+    let manifests = fit.render(cluster.kubectl(), &repository::path("config/default"))?;
     cluster.apply(&[], &manifests)?;
     command::output(cluster.kubectl().args([
         "-n",
@@ -255,7 +252,7 @@ async fn apply_samples(cluster: &Cluster, fit: &Fit) -> Result<()> {
         "--wait",
     ];
     command::output(cluster.kubectl().args(delete))?;
-    let manifests = fit.render(cluster.kubectl(), &repository().join("config/samples"))?;
+    let manifests = fit.render(cluster.kubectl(), &repository::path("config/samples"))?;
     cluster.apply(&["-n", NAMESPACE], &manifests)
 }
 

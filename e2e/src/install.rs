@@ -11,6 +11,7 @@ use crate::bed::command::{self, say};
 use crate::bed::go::Program;
 use crate::image::catalog;
 use crate::namespace::tool;
+use crate::repository;
 
 /// Namespace of the release.
 pub const NAMESPACE: &str = "strata-system";
@@ -24,13 +25,13 @@ const MONITORING_CRDS: &str = include_str!("../manifests/monitoring-crds.yaml");
 /// The chart.
 #[must_use]
 pub fn chart() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../charts/strata")
+    repository::path("charts/strata")
 }
 
 /// `config/samples`.
 #[must_use]
 pub fn samples() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../config/samples")
+    repository::path("config/samples")
 }
 
 /// `helm` on `bed`.

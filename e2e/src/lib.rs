@@ -17,6 +17,7 @@ pub mod namespace;
 pub mod neighbours;
 pub mod operator;
 pub mod prometheus;
+pub mod repository;
 pub mod run;
 pub mod small;
 pub mod strata;

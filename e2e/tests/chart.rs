@@ -1,16 +1,16 @@
 //! Helm and kustomize install the same.
 
 use std::fs;
-use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Result, ensure};
 use strata_e2e::bed::{command, go::Program};
 use strata_e2e::namespace::tool;
+use strata_e2e::repository;
 
 #[test]
 fn what_kustomize_installs_is_what_the_chart_renders() -> Result<()> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let root = repository::path("");
     let rendered = tempfile::tempdir()?;
     command::output(
         Command::new(root.join("charts/render"))

@@ -4,13 +4,13 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
-use strata_e2e::{Context, install, with_temp_ns};
+use strata_e2e::{Context, install, repository, with_temp_ns};
 
 #[tokio::test]
 async fn lint_and_the_server_judge_alike() {
     with_temp_ns(|context| async move {
         install::once(&context.bed)?;
-        let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../crds/lint/corpus");
+        let corpus = repository::path("crds/lint/corpus");
         let mut wrong = Vec::new();
         for (folder, good) in [("good", true), ("bad", false)] {
             let files = fs::read_dir(corpus.join(folder)).with_context(|| format!("the corpus has {folder}"))?;

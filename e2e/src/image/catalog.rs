@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail};
 use crate::bed::command::{self, say};
 use crate::bed::{cache, go, machine};
 use crate::image::{Built, Entry, Image, Layer, root};
+use crate::repository;
 
 /// What holds a pod's namespaces open.
 pub const PAUSE: &str = "strata.local/pause:1";
@@ -185,7 +186,7 @@ fn shim() -> Result<Layer> {
 
 /// `config/samples/data` and the model, under `/samples`.
 fn samples() -> Result<Layer> {
-    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("../config/samples/data");
+    let data = repository::path("config/samples/data");
     let mut layer = Layer::new();
     add_folder(&data, "samples", &mut layer).with_context(|| format!("cannot read {}", data.display()))?;
     layer.insert(format!("samples/{MODEL_NAME}"), Entry::File(model()?, 0o644));
