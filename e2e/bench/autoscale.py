@@ -12,7 +12,7 @@ BEGIN, END = "<!-- measured: make bench-autoscale writes this -->", "<!-- /measu
 FOLDER = DOCS / "autoscaling"
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 300, 56, 160, 36, 44
 COLOURS = {"Strata": "#0969da", "fixed fleet": "#57606a", "HPA on KV use": "#bf5700", "KEDA on waiting": "#8250df",
-           "KEDA on all requests": "#bf3989", "llm-d saturation 1": "#1a7f37", "llm-d saturation 2": "#9a6700"}
+           "KEDA on all requests": "#bf3989", "llm-d saturation 1": "#1a7f37", "llm-d saturation 2": "#9a6700", "foresight": "#1f2328"}
 WANTED = 0.99
 
 
@@ -126,7 +126,7 @@ def main():
     FOLDER.mkdir(exist_ok=True)
     for scenario in result["scenarios"]:
         name = scenario["name"]
-        families = ["Strata", "fixed fleet", "HPA on KV use", "llm-d saturation 1"] if name == "hour" else ["Strata"]
+        families = ["Strata", "fixed fleet", "HPA on KV use", "llm-d saturation 1", "foresight"] if name == "hour" else ["Strata", "foresight"]
         (FOLDER / f"{name}.svg").write_text(over_time(scenario, families, f"Ready servers over the {name}"))
         (FOLDER / f"{name}-settings.svg").write_text(against(scenario, f"The {name}: every setting"))
     kept = {**result, "scenarios": [{**scenario, "results": [{key: value for key, value in line.items() if key != "windows"} for line in scenario["results"]]}

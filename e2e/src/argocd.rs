@@ -121,8 +121,8 @@ impl ArgoCd {
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log);
-        let child = command.spawn().with_context(|| format!("cannot start {name}"))?;
-        self.programs.push((name, Owned(child)));
+        let program = Owned::start(&mut command).with_context(|| format!("cannot start {name}"))?;
+        self.programs.push((name, program));
         Ok(())
     }
 

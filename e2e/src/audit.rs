@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{BufRead, BufReader, Seek, SeekFrom};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 
 use crate::bed::{Bed, config};
@@ -71,9 +71,13 @@ pub fn mark(bed: &Bed) -> Result<Mark> {
 /// What `user` wrote since `since`: `system:serviceaccount:NAMESPACE:NAME` for a pod.
 ///
 /// # Errors
-/// The bed has no audit log, or one that is not the API server's.
+/// The bed has no audit log, one that is not the API server's, or one that is younger than the mark.
 pub fn writes(bed: &Bed, user: &str, since: Mark) -> Result<Vec<Write>> {
     let mut log = open(bed)?;
+    ensure!(
+        log.metadata()?.len() >= since.0,
+        "the audit log was begun anew meanwhile"
+    );
     log.seek(SeekFrom::Start(since.0))?;
     read(BufReader::new(log), user)
 }

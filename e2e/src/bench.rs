@@ -5,6 +5,7 @@
 //! began, with a report as the runtime image leaves it.
 
 mod count;
+mod engine;
 mod world;
 
 use std::fmt::Write as _;
@@ -24,12 +25,13 @@ use crate::bed::slot::Slot;
 use crate::fleet::{self, Fleet};
 use crate::{audit, install, operator, wait};
 use count::Counter;
+use engine::Engine;
 use world::World;
 
 /// How long a pod of a Job runs.
 const RUN_SECONDS: u32 = 5;
 /// Longest time for one step with 10,000 resources.
-const DEADLINE: Duration = Duration::from_secs(1800);
+const DEADLINE: Duration = Duration::from_secs(3600);
 /// How long nobody may have written before things count as steady.
 const QUIET: Duration = Duration::from_secs(10);
 /// How long steady state is watched.
@@ -71,16 +73,18 @@ async fn on(bed: &Bed, size: Size) -> Result<String> {
     ));
     let client = bed.client().await?;
     install::operator(bed, &[])?;
+    let _engines = Engine::start(bed.slot()).await?;
     let mut fleet = Fleet::start(bed, RUN_SECONDS, &report()?)?;
     fleet::add_nodes(&client, size.nodes).await?;
     fleet.check()?;
     let world = World::create(&client, size.resources).await?;
     say(format_args!("{} nodes are ready and the inputs published", size.nodes));
 
-    let jobs = jobs(&client, &world, size).await?;
+    let all = world.resources();
+    let jobs = jobs(&client, &world).await?;
     let resources = resources(&client, &world).await?;
     let mut watcher = Watched::default();
-    until_steady(bed, &client, size.resources, &mut watcher).await?;
+    until_steady(bed, &client, all, &mut watcher).await?;
 
     let since = audit::mark(bed)?;
     let end = Instant::now() + STEADY;
@@ -96,7 +100,7 @@ async fn on(bed: &Bed, size: Size) -> Result<String> {
     let own_work = own_work(&client).await?;
 
     let since = audit::mark(bed)?;
-    let restart = restart(&client, size.resources, &mut watcher).await?;
+    let restart = restart(&client, all, &mut watcher).await?;
     let after = self::writes(bed, since)?;
     ensure!(after == 0, "the restart wrote {after} times");
     fleet.check()?;
@@ -147,16 +151,16 @@ fn report() -> Result<String> {
 }
 
 /// Jobs a second to their pod, by Kubernetes' own controller.
-async fn jobs(client: &Client, world: &World, size: Size) -> Result<f64> {
+async fn jobs(client: &Client, world: &World) -> Result<f64> {
+    let count = world.resources();
     let pods = Counter::<Pod>::start(client, "bench=jobs");
     let started = Instant::now();
-    world.create_jobs(size.resources).await?;
+    world.create_jobs(count).await?;
     let created = started.elapsed();
-    let all = pods.until(size.resources, DEADLINE).await?;
-    let rate = size.resources as f64 / all.duration_since(started).as_secs_f64();
+    let all = pods.until(count, DEADLINE).await?;
+    let rate = count as f64 / all.duration_since(started).as_secs_f64();
     say(format_args!(
-        "Job controller: {} Jobs created in {:.1} s, the last has its pod after {:.1} s: {rate:.0} a second",
-        size.resources,
+        "Job controller: {count} Jobs created in {:.1} s, the last has its pod after {:.1} s: {rate:.0} a second",
         created.as_secs_f64(),
         all.duration_since(started).as_secs_f64()
     ));

@@ -3,6 +3,7 @@
 //! Pods on them run, and those of Jobs end well with a termination message; nothing is computed.
 
 use std::fs::{self, File};
+use std::net::Ipv4Addr;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
@@ -36,21 +37,19 @@ impl Fleet {
     pub fn start(bed: &Bed, seconds: u32, message: &str) -> Result<Self> {
         go::build(&go::FLEET)?;
         let stages = bed.state().join("kwok.yaml");
-        fs::write(&stages, self::stages(seconds, message))?;
+        fs::write(&stages, self::stages(seconds, message, bed.slot().host_address()))?;
         let log = File::create(bed.state().join("log/kwok.log"))?;
-        let child = Command::new(go::path(Program::Kwok))
-            .args(["--config", &stages.display().to_string()])
+        let mut kwok = Command::new(go::path(Program::Kwok));
+        kwok.args(["--config", &stages.display().to_string()])
             .args(["--kubeconfig", &bed.kubeconfig().display().to_string()])
             .arg(format!("--manage-nodes-with-label-selector={}={}", LABEL.0, LABEL.1))
-            // Renewed every 30 s: below the controller manager's patience of 50 s, and 33 writes a second for 1,000 nodes.
-            .arg("--node-lease-duration-seconds=120")
+            // No leases, which would be 33 writes a second for 1,000 nodes: the bed does not miss them.
+            .arg("--node-lease-duration-seconds=0")
             .env("NO_PROXY", "*")
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
-            .stderr(log)
-            .spawn()
-            .context("kwok does not start")?;
-        Ok(Self(Owned(child)))
+            .stderr(log);
+        Ok(Self(Owned::start(&mut kwok).context("kwok does not start")?))
     }
 
     /// Whether it still runs.
@@ -106,8 +105,8 @@ fn node(number: usize) -> Result<Node> {
     }))?)
 }
 
-/// What becomes of nodes and pods.
-fn stages(seconds: u32, message: &str) -> String {
+/// What becomes of nodes and pods. All pods have the same address, on this machine: whoever asks one asks there.
+fn stages(seconds: u32, message: &str, address: Ipv4Addr) -> String {
     // In YAML's single quotes, a quote is written twice.
     let message = message.replace('\'', "''");
     format!(
@@ -141,6 +140,7 @@ spec:
   next:
     statusTemplate: |
       phase: Running
+      podIP: {address}
       startTime: {{{{ Now | Quote }}}}
       conditions:
       {{{{ range $type := list "Initialized" "Ready" "ContainersReady" }}}}

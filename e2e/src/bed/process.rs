@@ -1,7 +1,9 @@
 //! A process by its id *and* start time: an id alone may have passed to another program.
 
 use std::fs;
+use std::os::unix::process::CommandExt as _;
 use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -78,9 +80,26 @@ fn start_ticks(pid: i32) -> Option<u64> {
     fields.nth(18)?.parse().ok()
 }
 
-/// A child that ends with this value.
+/// A child that ends with this value, or with the thread that started it, should that be killed.
 #[derive(Debug)]
 pub struct Owned(pub std::process::Child);
+
+impl Owned {
+    /// Starts it.
+    ///
+    /// # Errors
+    /// It does not start.
+    pub fn start(command: &mut Command) -> std::io::Result<Self> {
+        // SAFETY: prctl is safe between fork and exec.
+        unsafe {
+            command.pre_exec(|| match libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) {
+                0 => Ok(()),
+                _ => Err(std::io::Error::last_os_error()),
+            });
+        }
+        command.spawn().map(Self)
+    }
+}
 
 impl Drop for Owned {
     fn drop(&mut self) {

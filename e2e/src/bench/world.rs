@@ -41,7 +41,7 @@ const COPIED: [(&str, &str); 4] = [
 /// Where the resources are to be.
 pub struct World {
     client: Client,
-    /// Of each kind.
+    /// Of each kind in each namespace.
     count: usize,
 }
 
@@ -55,7 +55,7 @@ impl World {
         ensure!(resources >= smallest, "at least {smallest} resources, please");
         let world = Self {
             client: client.clone(),
-            count: resources / COPIED.len(),
+            count: resources / COPIED.len() / NAMESPACES,
         };
         world.namespace(JOBS).await?;
         for namespace in namespaces() {
@@ -79,13 +79,18 @@ impl World {
         Ok(world)
     }
 
+    /// How many resources there will be in all.
+    pub fn resources(&self) -> usize {
+        self.count * NAMESPACES * COPIED.len()
+    }
+
     /// Makes what is missing of each kind; how many that are.
     ///
     /// # Errors
     /// The server refuses one.
     pub async fn create_resources(&self) -> Result<usize> {
         let mut wanted = Vec::new();
-        for number in 0..self.count / NAMESPACES {
+        for number in 0..self.count {
             for namespace in namespaces() {
                 for (kind, file) in COPIED {
                     let inputs = INPUTS.iter().filter(|(of, _)| *of == kind).count();
