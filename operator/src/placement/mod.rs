@@ -107,6 +107,10 @@ pub struct Placement {
     pub price_per_hour: Option<f64>,
 }
 
+/// Why nodes are not known.
+const NOT_READ: &str =
+    "nodes were not read (an operator of one namespace may not; `strata plan` is given them with --nodes)";
+
 /// How sure a placement is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Seat {
@@ -143,15 +147,11 @@ impl Placement {
             ),
             Seat::Declared => (
                 Reason::Fits,
-                format!(
-                    "{where_}, as it is declared: {nodes} with {what}; the operator may not read nodes (watchNamespace)"
-                ),
+                format!("{where_}, as it is declared: {nodes} with {what}; {NOT_READ}"),
             ),
             Seat::Unknown => (
                 Reason::NodesUnknown,
-                format!(
-                    "{nodes} with {what}: the operator may not read nodes (watchNamespace), and no declared pool says more"
-                ),
+                format!("{nodes} with {what}: no declared pool says whether there are any, and {NOT_READ}"),
             ),
         };
         Finding::new(ConditionType::Placed, reason, message)

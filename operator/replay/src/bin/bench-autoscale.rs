@@ -13,9 +13,9 @@ use std::sync::Mutex;
 use serde_json::{Value, json};
 use strata_operator::autoscale::settings::{Settings, Targets};
 use strata_replay::calibration::{H100_70B, NIM_70B, STRATA_CPU, modelled};
-use strata_replay::fleet::{Outcome, Router, Setup, run};
+use strata_replay::fleet::{Outcome, Router, Setup, WINDOW_SECONDS, run};
 use strata_replay::rivals::{Bounds, HpaOnCache, Keda, Saturation};
-use strata_replay::scaler::{Fixed, Ours, Scaler};
+use strata_replay::scaler::{Fixed, Ours, Scaler, Schedule};
 use strata_replay::trace::Trace;
 
 /// Objective for the 95th percentile of the time to the first token, in seconds, and the share of minutes that must keep it.
@@ -41,6 +41,7 @@ struct Contender {
 struct Result {
     family: &'static str,
     setting: String,
+    start: u32,
     outcome: Outcome,
 }
 
@@ -97,9 +98,52 @@ fn main() -> std::result::Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Every contender on a trace.
+/// Every contender on a trace, and after them the one that knew it.
 fn compare(trace: &Trace) -> Vec<Result> {
-    let queue = Mutex::new(contenders().into_iter().enumerate());
+    let mut results = replay(trace, contenders());
+    let foresight = foresight(&results);
+    results.extend(replay(trace, vec![foresight]));
+    results
+}
+
+const FORESIGHT: &str = "foresight";
+
+/// Nobody's policy, but what the others can be held to: for each minute the smallest fixed fleet that kept the objective in it, made
+/// a cold start before the minute that needs it.
+fn foresight(results: &[Result]) -> Contender {
+    let fixed = |result: &&Result| result.family == FIXED;
+    let minutes = results
+        .iter()
+        .map(|result| result.outcome.windows.len())
+        .max()
+        .unwrap_or(0);
+    let keeps = |result: &Result, minute: usize| {
+        let window = result.outcome.windows.get(minute);
+        window.is_some_and(|window| window.first_token_p95.is_none_or(|p95| p95 <= OBJECTIVE_SECONDS))
+    };
+    let largest = results.iter().filter(fixed).map(|result| result.start).max();
+    let needs: Vec<u32> = (0..minutes)
+        .map(|minute| {
+            let kept = results.iter().filter(fixed).filter(|result| keeps(result, minute));
+            kept.map(|result| result.start).min().or(largest).unwrap_or(START)
+        })
+        .collect();
+    let ahead = (COLD_START_SECONDS / WINDOW_SECONDS).ceil() as usize + 1;
+    let schedule: Vec<u32> = (0..minutes)
+        .map(|minute| needs[minute..].iter().take(ahead + 1).copied().max().unwrap_or(START))
+        .collect();
+    let start = schedule.first().copied().unwrap_or(START);
+    let make: MakeScaler = Box::new(move || Box::new(Schedule(schedule.clone())));
+    Contender {
+        family: FORESIGHT,
+        setting: "of all".into(),
+        start,
+        make,
+    }
+}
+
+fn replay(trace: &Trace, contenders: Vec<Contender>) -> Vec<Result> {
+    let queue = Mutex::new(contenders.into_iter().enumerate());
     let done = Mutex::new(Vec::new());
     let work = || {
         loop {
@@ -116,6 +160,7 @@ fn compare(trace: &Trace) -> Vec<Result> {
             let result = Result {
                 family: contender.family,
                 setting: contender.setting,
+                start: contender.start,
                 outcome,
             };
             if let Ok(mut done) = done.lock() {
@@ -134,6 +179,7 @@ fn compare(trace: &Trace) -> Vec<Result> {
 }
 
 const OURS: &str = "Strata";
+const FIXED: &str = "fixed fleet";
 
 fn contenders() -> Vec<Contender> {
     fn contender(family: &'static str, setting: String, make: MakeScaler) -> Contender {
@@ -154,14 +200,10 @@ fn contenders() -> Vec<Contender> {
         Err(_) => Box::new(Fixed(START)),
     });
     let mut all = vec![contender(OURS, "default".into(), ours)];
-    for replicas in 7..=10 {
+    for replicas in 2..=10 {
         all.push(Contender {
             start: replicas,
-            ..contender(
-                "fixed fleet",
-                replicas.to_string(),
-                Box::new(move || Box::new(Fixed(replicas))),
-            )
+            ..contender(FIXED, replicas.to_string(), Box::new(move || Box::new(Fixed(replicas))))
         });
     }
     for target in [0.06, 0.1, 0.14, 0.16, 0.17, 0.18, 0.19, 0.2, 0.25] {
@@ -196,7 +238,7 @@ fn scenario(name: &str, trace: &Trace, results: &[Result]) -> Value {
     let ours = results.iter().find(|result| result.family == OURS);
     let best = results
         .iter()
-        .filter(|result| result.family != OURS)
+        .filter(|result| ![OURS, FORESIGHT].contains(&result.family))
         .filter(attains)
         .min_by(cheaper);
     let hours = |result: Option<&Result>| result.map(|result| result.outcome.accelerator_hours);
@@ -228,7 +270,7 @@ fn scenario(name: &str, trace: &Trace, results: &[Result]) -> Value {
                 "changes": outcome.changes.len(),
                 "flaps": outcome.flaps(),
                 "preemptions": outcome.preemptions,
-                "windows": if name == "hour" || result.family == OURS { points } else { Vec::new() },
+                "windows": if name == "hour" || [OURS, FORESIGHT].contains(&result.family) { points } else { Vec::new() },
             })
         })
         .collect();
