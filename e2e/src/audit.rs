@@ -1,12 +1,15 @@
 //! The API server's audit log, from which tests count what one user wrote.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Seek, SeekFrom};
+use std::io::{BufRead, BufReader, Read as _, Seek, SeekFrom};
 
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 
 use crate::bed::{Bed, config};
+
+/// Longer than any line of the log: its policy asks for no bodies.
+const LONGEST_LINE_BYTES: u64 = 1 << 20;
 
 /// A point in time: how long the log was.
 #[derive(Debug, Clone, Copy)]
@@ -65,7 +68,15 @@ struct Status {
 /// # Errors
 /// The bed has no audit log.
 pub fn mark(bed: &Bed) -> Result<Mark> {
-    Ok(Mark(open(bed)?.metadata()?.len()))
+    let mut log = open(bed)?;
+    let length = log.metadata()?.len();
+    // The server may be in the middle of its last line, which is still to come then.
+    let looked_at = length.min(LONGEST_LINE_BYTES);
+    log.seek(SeekFrom::Start(length - looked_at))?;
+    let mut tail = Vec::new();
+    log.take(looked_at).read_to_end(&mut tail)?;
+    let begun = tail.iter().rev().take_while(|byte| **byte != b'\n').count();
+    Ok(Mark(length - begun as u64))
 }
 
 /// What `user` wrote since `since`: `system:serviceaccount:NAMESPACE:NAME` for a pod.
@@ -87,13 +98,15 @@ fn open(bed: &Bed) -> Result<File> {
     File::open(&path).with_context(|| format!("cannot read the audit log {}", path.display()))
 }
 
-fn read(log: impl BufRead, user: &str) -> Result<Vec<Write>> {
+fn read(mut log: impl BufRead, user: &str) -> Result<Vec<Write>> {
     let mut writes = Vec::new();
-    for line in log.split(b'\n') {
-        let line = line?;
-        // The server may be in the middle of its last line.
-        if line.last() != Some(&b'}') {
-            continue;
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        log.read_until(b'\n', &mut line)?;
+        // The end, or a line that the server is in the middle of.
+        if line.last() != Some(&b'\n') {
+            return Ok(writes);
         }
         let event: Event = serde_json::from_slice(&line).context("a line of the audit log is no audit event")?;
         if event.impersonated_user.unwrap_or(event.user).username != user {
@@ -118,7 +131,6 @@ fn read(log: impl BufRead, user: &str) -> Result<Vec<Write>> {
             code: event.response_status.code,
         });
     }
-    Ok(writes)
 }
 
 #[cfg(test)]

@@ -164,7 +164,7 @@ const MODULES: &[Module] = &[
     },
     Module {
         path: "github.com/argoproj/argo-cd/v3",
-        version: "v3.2.12",
+        version: "v3.2.11",
         usual_minutes: 12,
         source: Source::Replaced,
         stamps: &["github.com/argoproj/argo-cd/v3/common.version={version}"],

@@ -2,8 +2,8 @@
 //!
 //! - **Up** at once, to what the load will need when a pod that is made now is ready: its level, its trend over the measured
 //!   cold start, and its noise. Pods that start count as capacity that comes.
-//! - **Down** only to what the load needed at its highest in a whole window, with a quarter to spare, and not within a window after
-//!   any change: in no window is there an up and then a down. While it does not know yet what a pod can carry, it may err once; of
+//! - **Down** only to what the load needed at its highest in a whole window, with a quarter to spare, not within a window after
+//!   any change, and not while it rises: in no window is there an up and then a down. While it does not know yet what a pod can carry, it may err once; of
 //!   a steady load it then stays at its number.
 //! - **Missing is not zero.** A silent pod is counted neither as idle nor as full: it keeps its place, nothing is scaled down
 //!   while one is silent, and what is needed is seen from the others.
@@ -201,7 +201,7 @@ fn choose(settings: &Settings, memory: &Memory, measured: &Measured, before: u32
         return (before, Cause::MetricsMissing, why);
     };
     // A silent pod keeps its place: what it does is not known.
-    let wanted = whole(forecast).saturating_add(measured.silent);
+    let wanted = whole(forecast.need).saturating_add(measured.silent);
     if wanted > before {
         let most = settings.most();
         let horizon = horizon_seconds(settings, &memory.learned);
@@ -225,7 +225,7 @@ fn choose(settings: &Settings, memory: &Memory, measured: &Measured, before: u32
     let highest = highest
         .windows(3)
         .map(|near| near.iter().sum::<f64>() / 3.0)
-        .fold(forecast, f64::max);
+        .fold(forecast.need, f64::max);
     let enough = whole(highest / (1.0 - SPARE)).max(settings.min);
     if enough >= before {
         return (before, Cause::Steady, format!("{before} replicas are right"));
@@ -243,13 +243,26 @@ fn choose(settings: &Settings, memory: &Memory, measured: &Measured, before: u32
         let why = format!("{enough} replicas would do; after another {left} s of that they will be fewer");
         return (before, Cause::Stabilizing, why);
     }
+    if forecast.rises {
+        let why = format!("{enough} replicas would do, but the load rises");
+        return (before, Cause::Stabilizing, why);
+    }
     let why = format!("for {window} s no more than {enough} replicas were needed");
     (enough, Cause::LoadFell, why)
 }
 
+/// What the load will need.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Forecast {
+    /// Replicas.
+    need: f64,
+    /// Whether it rises by more than noise.
+    rises: bool,
+}
+
 /// What the load will need when a pod that is made now is ready: its level, its trend where that is more than noise, and as much
 /// above both as noise makes likely.
-fn forecast(settings: &Settings, samples: &[Sample], learned: &Learned, now: i64) -> Option<f64> {
+fn forecast(settings: &Settings, samples: &[Sample], learned: &Learned, now: i64) -> Option<Forecast> {
     let last = samples.last()?;
     let horizon = horizon_seconds(settings, learned) + PACE_SECONDS;
     let span = horizon.clamp(TREND_SECONDS.0, TREND_SECONDS.1) as i64;
@@ -262,7 +275,10 @@ fn forecast(settings: &Settings, samples: &[Sample], learned: &Learned, now: i64
         .collect();
     let count = recent.len() as f64;
     if count < FEWEST_SAMPLES {
-        return Some(last.need);
+        return Some(Forecast {
+            need: last.need,
+            rises: false,
+        });
     }
     let mean = |of: &dyn Fn(&(f64, f64)) -> f64| recent.iter().map(of).sum::<f64>() / count;
     let (at, need) = (mean(&|sample| sample.0), mean(&|sample| sample.1));
@@ -283,7 +299,10 @@ fn forecast(settings: &Settings, samples: &[Sample], learned: &Learned, now: i64
         let level = newest.iter().map(|sample| sample.1).sum::<f64>() / newest.len() as f64;
         (level, noise / (newest.len() as f64).sqrt())
     };
-    Some((level + NOISE_DEVIATIONS * error).max(0.0))
+    Some(Forecast {
+        need: (level + NOISE_DEVIATIONS * error).max(0.0),
+        rises: is_trend && slope > 0.0,
+    })
 }
 
 fn whole(need: f64) -> u32 {
