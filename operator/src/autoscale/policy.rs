@@ -2,7 +2,7 @@
 //!
 //! - **Up** at once, to what the load will need when a pod that is made now is ready: its level, its trend over the measured
 //!   cold start, and its noise. Pods that start count as capacity that comes.
-//! - **Down** only to what the load needed at its highest in a whole window, with a quarter to spare, not within a window after
+//! - **Down** only to what the load needed at its highest in a whole window, with three tenths to spare, not within a window after
 //!   any change, and not while it rises: in no window is there an up and then a down. While it does not know yet what a pod can carry, it may err once; of
 //!   a steady load it then stays at its number.
 //! - **Missing is not zero.** A silent pod is counted neither as idle nor as full: it keeps its place, nothing is scaled down
@@ -34,7 +34,7 @@ const FEWEST_SAMPLES: f64 = 5.0;
 /// How many standard errors the load may be above what is forecast.
 const NOISE_DEVIATIONS: f64 = 2.5;
 /// Share that must be to spare after a scale-down.
-const SPARE: f64 = 0.25;
+const SPARE: f64 = 0.3;
 /// A need this little above whole replicas is not worth one more.
 const NEGLIGIBLE: f64 = 0.02;
 /// Without a decision for that long, what was before does not count, in seconds.

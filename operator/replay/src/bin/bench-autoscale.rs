@@ -200,7 +200,7 @@ fn contenders() -> Vec<Contender> {
         Err(_) => Box::new(Fixed(START)),
     });
     let mut all = vec![contender(OURS, "default".into(), ours)];
-    for replicas in 2..=10 {
+    for replicas in 3..=10 {
         all.push(Contender {
             start: replicas,
             ..contender(FIXED, replicas.to_string(), Box::new(move || Box::new(Fixed(replicas))))
