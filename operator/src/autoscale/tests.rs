@@ -148,7 +148,7 @@ fn bounds_and_budget_hold_and_say_so() {
 
 #[test]
 fn down_needs_a_whole_window_and_never_happens_beside_a_silent_pod() {
-    let down = follow(&settings(1, 8), 4, 40, |_| 0.5);
+    let down = follow(&settings(1, 8), 4, 40, |_| 0.4);
     assert_eq!(changes(&down), [-3]);
     let at = down
         .iter()
@@ -181,7 +181,7 @@ fn a_restart_holds_a_window_but_does_not_forget_what_was_learned() {
         let decision = decide(
             &settings(1, 8),
             &memory,
-            &fleet(vec![pod(0.25, 2.0, 0.0); 2]),
+            &fleet(vec![pod(0.2, 1.6, 0.0); 2]),
             10_000 + step * PACE_SECONDS,
         );
         assert_eq!(decision.replicas, 2, "{step}: {}", decision.message);
@@ -190,7 +190,7 @@ fn a_restart_holds_a_window_but_does_not_forget_what_was_learned() {
     let decision = decide(
         &settings(1, 8),
         &memory,
-        &fleet(vec![pod(0.25, 2.0, 0.0); 2]),
+        &fleet(vec![pod(0.2, 1.6, 0.0); 2]),
         10_000 + 20 * PACE_SECONDS,
     );
     assert_eq!(decision.replicas, 1, "{}", decision.message);
