@@ -68,40 +68,38 @@ test-unit: programs ## Unit, property and mock-server tests
 	cargo test --workspace --lib --bins
 	cargo test --workspace --exclude strata-e2e --test '*'
 
+# Test programs by name; without a name, cargo would run all that there are.
+tests = $(if $(1),cargo test --workspace $(1:%=--test %),true)
+
+# A command on the cluster of a slot, which stays up when it fails: $(call on-bed,SLOT,COMMAND).
+define on-bed
+$(BIN)/bed up --slot $(1)
+	$(BIN)/bed images --slot $(1)
+	eval "$$($(BIN)/bed env --slot $(1))" && $(2)
+	$(BIN)/bed down --slot $(1)
+endef
+
 # Side by side, as the story computes for minutes while most of the others wait for Kubernetes.
 test-e2e: programs ## Tests on two real clusters; one stays up when a test fails
 	$(BIN)/bed build --tools
 	cargo test --workspace $(E2E:%=--test %) --no-run
 	@echo "the tests run on two clusters; each prints its part when it ends, after up to 8 minutes"
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-e2e-most test-e2e-story
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target \
+		$(if $(filter-out story,$(E2E)),test-e2e-most) $(if $(filter story,$(E2E)),test-e2e-story)
 
 test-e2e-most:
-	$(BIN)/bed up --slot $(SLOT)
-	$(BIN)/bed images --slot $(SLOT)
-	eval "$$($(BIN)/bed env --slot $(SLOT))" \
-	&& cargo test --workspace $(patsubst %,--test %,$(filter-out story $(CHATS),$(E2E))) \
-	&& cargo test --workspace $(patsubst %,--test %,$(CHATS))
-	$(BIN)/bed down --slot $(SLOT)
+	$(call on-bed,$(SLOT),$(call tests,$(filter-out story $(CHATS),$(E2E))) && $(call tests,$(filter $(CHATS),$(E2E))))
 
 test-e2e-story:
-	$(BIN)/bed up --slot $(STORY_SLOT)
-	$(BIN)/bed images --slot $(STORY_SLOT)
-	eval "$$($(BIN)/bed env --slot $(STORY_SLOT))" && cargo test --workspace --test story
-	$(BIN)/bed down --slot $(STORY_SLOT)
+	$(call on-bed,$(STORY_SLOT),$(call tests,story))
 
 test-gang: programs ## Kueue's queues, JobSet and several nodes, with the real Kueue and JobSet (+5 minutes the first time)
 	$(BIN)/bed build --tools --queues
-	$(BIN)/bed up --slot $(SLOT)
-	$(BIN)/bed images --slot $(SLOT)
-	eval "$$($(BIN)/bed env --slot $(SLOT))" && cargo test --workspace --test gang
-	$(BIN)/bed down --slot $(SLOT)
+	$(call on-bed,$(SLOT),$(call tests,gang))
 
 test-argocd: programs ## The real Argo CD on the tests' cluster: health, sync, self-heal, prune, no drift (+15 minutes the first time)
 	$(BIN)/bed build --tools --argo-cd
-	$(BIN)/bed up --slot $(SLOT)
-	$(BIN)/bed images --slot $(SLOT)
-	eval "$$($(BIN)/bed env --slot $(SLOT))" && cargo test --workspace --test argocd
-	$(BIN)/bed down --slot $(SLOT)
+	$(call on-bed,$(SLOT),$(call tests,argocd))
 
 test-interop: programs ## transformers, PEFT, datasets and openai against what is published and served (3 GB of Python packages)
 	cargo build --workspace --examples

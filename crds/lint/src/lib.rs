@@ -4,6 +4,7 @@
 //! nothing to keep in step; what is written here a second time is only how the server words a violation. The corpus in
 //! `corpus/` holds both to that: the e2e suite applies it to a real server and compares.
 
+#[cfg(test)]
 mod corpus;
 mod judge;
 mod metadata;
@@ -12,7 +13,6 @@ mod yaml;
 
 use std::fmt;
 
-pub use corpus::{Case, corpus};
 use serde::Serialize;
 
 /// Largest text that is read, in bytes; the API server accepts no larger object either.

@@ -10,7 +10,7 @@ use tokio::task::JoinHandle;
 
 use crate::bed::slot::Slot;
 
-/// What an engine says that has nothing to do, with as many buckets as ours has. Without the label of a model: the pods serve a
+/// What an engine says that has nothing to do, with about as many buckets as ours has. Without the label of a model: the pods serve a
 /// thousand different ones.
 fn idle() -> String {
     let numbers = [

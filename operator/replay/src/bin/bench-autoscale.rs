@@ -111,21 +111,17 @@ const FORESIGHT: &str = "foresight";
 /// Nobody's policy, but what the others can be held to: for each minute the smallest fixed fleet that kept the objective in it, made
 /// a cold start before the minute that needs it.
 fn foresight(results: &[Result]) -> Contender {
-    let fixed = |result: &&Result| result.family == FIXED;
-    let minutes = results
-        .iter()
-        .map(|result| result.outcome.windows.len())
-        .max()
-        .unwrap_or(0);
+    // From the smallest on.
+    let fixed: Vec<&Result> = results.iter().filter(|result| result.family == FIXED).collect();
+    let minutes = fixed.first().map_or(0, |result| result.outcome.windows.len());
     let keeps = |result: &Result, minute: usize| {
         let window = result.outcome.windows.get(minute);
         window.is_some_and(|window| window.first_token_p95.is_none_or(|p95| p95 <= OBJECTIVE_SECONDS))
     };
-    let largest = results.iter().filter(fixed).map(|result| result.start).max();
     let needs: Vec<u32> = (0..minutes)
         .map(|minute| {
-            let kept = results.iter().filter(fixed).filter(|result| keeps(result, minute));
-            kept.map(|result| result.start).min().or(largest).unwrap_or(START)
+            let smallest = fixed.iter().find(|result| keeps(result, minute));
+            smallest.or(fixed.last()).map_or(START, |result| result.start)
         })
         .collect();
     let ahead = (COLD_START_SECONDS / WINDOW_SECONDS).ceil() as usize + 1;
@@ -142,6 +138,7 @@ fn foresight(results: &[Result]) -> Contender {
     }
 }
 
+/// Contenders on a trace, side by side on all processors.
 fn replay(trace: &Trace, contenders: Vec<Contender>) -> Vec<Result> {
     let queue = Mutex::new(contenders.into_iter().enumerate());
     let done = Mutex::new(Vec::new());
