@@ -187,8 +187,12 @@ fn multiply_panel(isa: Isa, matrix: &Matrix, index: usize, rows: usize, x: Input
         done = rows / TILE * TILE;
     }
     let mut sums = [[0f32; PANEL]; TILE];
-    for first in (done..rows).step_by(TILE) {
-        match matrix.format.is_quantized() {
+    let (is_quantized, step) = match matrix.format.is_quantized() {
+        true => (true, x.quantized.tile_rows()),
+        false => (false, TILE),
+    };
+    for first in (done..rows).step_by(step) {
+        match is_quantized {
             true => multiply::quantized(isa, matrix.format, panel, x.quantized, first, &mut sums),
             false => multiply::floats(isa, matrix.format, panel, x.floats, first, &mut sums),
         }

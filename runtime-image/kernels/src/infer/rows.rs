@@ -4,8 +4,11 @@ use super::format::BLOCK;
 use crate::cpu::Isa;
 use crate::pool::{Disjoint, Pool};
 
-/// Activation rows that share one pass over a panel's weights in registers.
+/// The most activation rows that share one pass over a panel's weights in registers.
 pub(super) const TILE: usize = 16;
+/// As many as have their sums in registers beside a block of weights: with more of them, the compiler keeps some in memory, and
+/// half of the time goes there. AMX has registers of its own, which are of 16 rows.
+const TILE_OF_SUMS: usize = 12;
 /// Tile widths that kernels exist for; a tile is as wide as the smallest that holds its rows.
 pub(super) const WIDTHS: [usize; 6] = [1, 2, 4, 8, 12, 16];
 
@@ -22,9 +25,9 @@ pub(super) const BACK_32: usize = 3;
 /// Scale · (sum of the quants): what a minimum is multiplied with.
 pub(super) const SCALED_SUM: usize = 5;
 
-/// The width of the tile that begins at row `first` of `rows`.
-pub(super) fn tile(rows: usize, first: usize) -> usize {
-    let count = (rows - first).min(TILE);
+/// The width of the tile that begins at row `first` of `rows`, where most are `most` wide.
+fn tile(most: usize, rows: usize, first: usize) -> usize {
+    let count = (rows - first).min(most);
     *WIDTHS
         .iter()
         .find(|width| **width >= count)
@@ -32,9 +35,9 @@ pub(super) fn tile(rows: usize, first: usize) -> usize {
 }
 
 /// Rows that all tiles have together, those that only fill up the last one included.
-pub(super) fn padded(rows: usize) -> usize {
-    let whole = rows / TILE * TILE;
-    whole + if rows > whole { tile(rows, whole) } else { 0 }
+fn padded(most: usize, rows: usize) -> usize {
+    let whole = rows / most * most;
+    whole + if rows > whole { tile(most, rows, whole) } else { 0 }
 }
 
 /// Rows that a thread takes at least: with fewer, waking the others costs more than they save.
@@ -69,6 +72,8 @@ pub fn add(to: &mut [f32], values: &[f32]) {
 pub struct Q8Rows {
     rows: usize,
     columns: usize,
+    /// Rows of a tile, but for the last one.
+    tile: usize,
     quants: Vec<i8>,
     /// Floats, and integers by their bits.
     facts: Vec<u32>,
@@ -85,14 +90,20 @@ impl Q8Rows {
         self.columns
     }
 
+    /// Rows of a tile, but for the last one.
+    pub(super) fn tile_rows(&self) -> usize {
+        self.tile
+    }
+
     /// Makes room for `rows` rows of `columns` columns (a multiple of [`BLOCK`]); keeps the memory.
-    fn resize(&mut self, rows: usize, columns: usize) {
+    fn resize(&mut self, isa: Isa, rows: usize, columns: usize) {
         assert!(
             columns.is_multiple_of(BLOCK),
             "{columns} columns are no whole number of blocks"
         );
         (self.rows, self.columns) = (rows, columns);
-        let padded = padded(rows);
+        self.tile = if isa >= Isa::Amx { TILE } else { TILE_OF_SUMS };
+        let padded = padded(self.tile, rows);
         self.quants.resize(padded * columns, 0);
         self.facts.resize(padded * columns / BLOCK * FACTS, 0);
     }
@@ -113,7 +124,8 @@ impl Q8Rows {
             values.len()
         );
         let rows = values.len() / columns;
-        self.resize(rows, columns);
+        self.resize(isa, rows, columns);
+        let most = self.tile;
         let per_row = columns / BLOCK * FACTS;
         let (values, quants, facts) = (
             Disjoint::new(values),
@@ -125,8 +137,8 @@ impl Q8Rows {
                 // SAFETY: each row belongs to one chunk.
                 let x = unsafe { values.slice_mut(row * columns..(row + 1) * columns) };
                 make(row, x);
-                let (first, lane) = (row / TILE * TILE, row % TILE);
-                let width = tile(rows, first);
+                let (first, lane) = (row / most * most, row % most);
+                let width = tile(most, rows, first);
                 for (b, x) in x.chunks_exact(BLOCK).enumerate() {
                     let at = first * columns + (b * width + lane) * BLOCK;
                     // SAFETY: each row has its own place in its tile.
@@ -143,7 +155,7 @@ impl Q8Rows {
 
     /// Quants and facts of the tile that begins at row `first`.
     pub(super) fn tile(&self, first: usize) -> (&[i8], &[u32], usize) {
-        let width = tile(self.rows, first);
+        let width = tile(self.tile, self.rows, first);
         let per_row = self.columns / BLOCK * FACTS;
         (
             &self.quants[first * self.columns..][..width * self.columns],
@@ -157,10 +169,10 @@ impl Q8Rows {
     pub(super) fn values(&self) -> Vec<f32> {
         let mut out = Vec::new();
         for row in 0..self.rows {
-            let (quants, facts, width) = self.tile(row / TILE * TILE);
+            let (quants, facts, width) = self.tile(row / self.tile * self.tile);
             for b in 0..self.columns / BLOCK {
-                let at = b * width + row % TILE;
-                let scale = f32::from_bits(facts[b * width * FACTS + row % TILE]);
+                let at = b * width + row % self.tile;
+                let scale = f32::from_bits(facts[b * width * FACTS + row % self.tile]);
                 out.extend(
                     quants[at * BLOCK..(at + 1) * BLOCK]
                         .iter()
@@ -257,11 +269,11 @@ impl FloatRows {
         );
         let rows = values.len() / columns;
         (self.rows, self.columns) = (rows, columns);
-        self.values.resize(padded(rows) * columns, 0.0);
+        self.values.resize(padded(TILE, rows) * columns, 0.0);
         let out = Disjoint::new(&mut self.values);
         pool.parallel_for(rows.div_ceil(TILE), |range| {
             for first in range.map(|tile| tile * TILE) {
-                let width = tile(rows, first);
+                let width = tile(TILE, rows, first);
                 // SAFETY: each tile belongs to one chunk.
                 let out = unsafe { out.slice_mut(first * columns..(first + width) * columns) };
                 for (lane, row) in values[first * columns..].chunks_exact(columns).take(width).enumerate() {
@@ -275,7 +287,7 @@ impl FloatRows {
 
     /// The numbers of the tile that begins at row `first`, and its width.
     pub(super) fn tile(&self, first: usize) -> (&[f32], usize) {
-        let width = tile(self.rows, first);
+        let width = tile(TILE, self.rows, first);
         (&self.values[first * self.columns..][..width * self.columns], width)
     }
 }
