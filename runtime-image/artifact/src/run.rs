@@ -1,5 +1,10 @@
 //! A run's folder: its attempts, and the one publication.
 
+mod figures;
+#[cfg(test)]
+mod tests;
+mod writer;
+
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufWriter, Read, Write};
@@ -11,6 +16,10 @@ use strata_contract::{
     ArtifactKind, CONTRACT_VERSION, Content, FileEntry, GateResult, Input, MANIFEST_FILE, Manifest, Publication,
     Resource, Uri,
 };
+
+pub use figures::check_figures;
+use figures::settle;
+pub use writer::FileWriter;
 
 use crate::hashing::{HashingWriter, hash_file, walk};
 use crate::{ArtifactError, PARTIAL_SUFFIX, Result};
@@ -358,69 +367,6 @@ impl Attempt {
     }
 }
 
-/// A file of the artifact that is being written; dropped unfinished, it leaves nothing.
-pub struct FileWriter<'a> {
-    attempt: &'a Attempt,
-    relative: String,
-    path: PathBuf,
-    partial: PathBuf,
-    writer: Option<BufWriter<HashingWriter<File>>>,
-}
-
-impl FileWriter<'_> {
-    /// The error that a caller reports when writing to this file failed.
-    pub fn error(&self, error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> ArtifactError {
-        ArtifactError::writing(&self.path, error)
-    }
-
-    /// Syncs the file, gives it its name, and makes it part of the artifact.
-    pub fn finish(mut self) -> Result<FileEntry> {
-        let writer = self
-            .writer
-            .take()
-            .expect("the writer is there until the file is finished");
-        let writing = |error: io::Error| ArtifactError::writing(&self.path, error);
-        let (file, bytes, sha256) = writer
-            .into_inner()
-            .map_err(|error| writing(error.into_error()))?
-            .finish();
-        file.sync_all().map_err(writing)?;
-        fs::rename(&self.partial, &self.path).map_err(writing)?;
-        Ok(self.attempt.register(FileEntry {
-            path: self.relative.clone(),
-            bytes,
-            sha256,
-        }))
-    }
-}
-
-impl Write for FileWriter<'_> {
-    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
-        self.writer
-            .as_mut()
-            .expect("the writer is there until the file is finished")
-            .write(data)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.writer
-            .as_mut()
-            .expect("the writer is there until the file is finished")
-            .flush()
-    }
-}
-
-impl Drop for FileWriter<'_> {
-    fn drop(&mut self) {
-        // What the buffer holds is dropped with it, not written: on a full disk that would fail again.
-        if let Some(writer) = self.writer.take() {
-            drop(writer.into_parts());
-        }
-        // Finished, the name is gone; otherwise what cannot be removed now is removed when the next attempt starts.
-        fs::remove_file(&self.partial).ok();
-    }
-}
-
 /// The manifest in the run's folder `run`, if there is one, verified in version and digest.
 pub(crate) fn read_manifest(run: &Path) -> Result<Option<Manifest>> {
     let path = run.join(MANIFEST_FILE);
@@ -498,52 +444,6 @@ fn means_no_links(errno: i32) -> bool {
     )
 }
 
-/// Refuses figures that are not finite: JSON has no others, and no gate can judge them. Stages that go on to gates ask
-/// before; publishing asks in any case.
-///
-/// # Errors
-/// [`ArtifactError::NotFinite`], with the figure's name.
-pub fn check_figures(metrics: &BTreeMap<String, f64>) -> Result<()> {
-    match metrics.iter().find(|(_, value)| !value.is_finite()) {
-        Some((metric, &value)) => {
-            let metric = metric.clone();
-            Err(ArtifactError::NotFinite { metric, value })
-        }
-        None => Ok(()),
-    }
-}
-
-/// `content` with figures that read back as they were written, so that its digest holds.
-///
-/// JSON readers, the one used here among them, may miss the last bit of a long decimal. What has at most 12 significant
-/// digits, 22 decimal places and a size of at most 1e30 is read exactly; figures are rounded to that.
-fn settle(content: Content) -> Content {
-    let mut value = serde_json::to_value(&content).expect("content serializes to JSON");
-    round_figures(&mut value);
-    serde_json::from_value(value).expect("content reads back from its own JSON")
-}
-
-fn round_figures(value: &mut serde_json::Value) {
-    const LARGEST: f64 = 1e30;
-    /// Below it, 12 significant digits reach beyond 22 decimal places.
-    const SMALL: f64 = 1e-10;
-    use serde_json::Value;
-    match value {
-        Value::Number(number) if number.is_f64() => {
-            let figure = number.as_f64().unwrap_or_default().clamp(-LARGEST, LARGEST);
-            let text = if figure.abs() < SMALL {
-                format!("{figure:.22}")
-            } else {
-                format!("{figure:.11e}")
-            };
-            *value = Value::from(text.parse::<f64>().expect("a float that was just written reads back"));
-        }
-        Value::Array(items) => items.iter_mut().for_each(round_figures),
-        Value::Object(map) => map.values_mut().for_each(round_figures),
-        _ => {}
-    }
-}
-
 fn content_path(id: &str) -> String {
     format!("{ATTEMPTS}/{id}/{CONTENT}")
 }
@@ -592,6 +492,3 @@ fn rfc3339(time: SystemTime) -> String {
     let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
     format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
 }
-
-#[cfg(test)]
-mod tests;
