@@ -7,10 +7,8 @@ Ends with status 1 if something is worse than its bound; the last line on stdout
 
 import itertools
 import json
-import random
 import sys
 import tempfile
-import unicodedata
 from pathlib import Path
 
 import jinja2
@@ -20,10 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 import common
+import vocabularies
 from common import say
 
 SEQUENCES, LENGTH = 3, 256
-STRINGS = 100_000
 # What the issue asks for.
 KL_RATIO, TOP_LOSS, FLOAT_TOP = 1.05, 0.002, 0.999
 # Renderings that are not compared, and why.
@@ -81,45 +79,6 @@ def check_logits(programs, peer, files, paths, failures):
     return results
 
 
-def strings(count, paths, special):
-    """Texts as people write them and as nobody does: words, scripts, spaces, numbers, emoji, marks, special tokens."""
-    generator = random.Random(9)
-    # SmolLM2's vocabulary has no token for some control characters' bytes: such a text comes back in no implementation.
-    assigned = [chr(code) for code in range(0x110000) if unicodedata.category(chr(code)) not in ("Cc", "Cs", "Cn", "Co")]
-    words = list(itertools.islice((word for path in paths for word in path.read_text().split(" ")), 20_000))
-    scripts = [(0x20, 0x7E), (0xA0, 0x24F), (0x370, 0x5FF), (0x600, 0x6FF), (0x900, 0x97F), (0xE00, 0xE7F), (0x3040, 0x30FF),
-               (0x4E00, 0x9FFF), (0xAC00, 0xD7A3), (0x1F300, 0x1FAFF), (0x300, 0x36F), (0x2000, 0x206F)]
-    odd = [" ", "  ", "\n", "\n\n", "\r\n", "\t", "\u00a0", "\u3000", "\u200d", "\ufe0f", "'s", "'LL", "’t", "0", "123", "1234567", "٣", "½", "Ⅷ", "_", "--", "...",
-           "\0", "\u2028", "\u0085", "🏴‍☠️", "👩‍👩‍👧", "é", "e\u0301", "ß", "İ"]
-
-    def piece():
-        match generator.randrange(6):
-            case 0: return generator.choice(assigned)
-            case 1: return generator.choice(odd)
-            case 2: return generator.choice(special)
-            case 3:
-                low, high = generator.choice(scripts)
-                return "".join(chr(generator.randint(low, high)) for _ in range(generator.randint(1, 6)))
-            case _: return generator.choice(words) + " "
-
-    return ["".join(piece() for _ in range(generator.randint(1, 10))) for _ in range(count)]
-
-
-def check_tokenizer(programs, peer, model, paths, special, failures):
-    texts, results = strings(STRINGS, paths, special), {}
-    say(f"{STRINGS} strings")
-    with tempfile.TemporaryDirectory() as folder:
-        source, theirs, ours = Path(folder, "texts"), Path(folder, "theirs"), Path(folder, "ours")
-        common.write_texts(source, texts)
-        for name, flags in {"literal": [], "special": ["--special"]}.items():
-            common.output(peer / "peer", "tokenize", model, source, theirs, *flags)
-            counts = results[name] = json.loads(common.output(programs / "examples/texts", "tokenize", model, source, ours, *flags))
-            different = [text for text, a, b in zip(texts, common.read_ids(theirs), common.read_ids(ours), strict=True) if a != b]
-            counts["other_ids"], counts["examples"] = len(different), sorted(different, key=len)[:5]
-            failures.extend(f"tokenizer, {name}: {what} {counts[what]} of {STRINGS}" for what in ["other_ids", "changed", "split", "special"] if counts[what])
-    return results
-
-
 def conversations():
     plain = [{"role": "user", "content": "Hello"}]
     turns = [{"role": "system", "content": " You are  terse.\n"}, {"role": "user", "content": "1 < 2 & \"x\"?\n"},
@@ -171,7 +130,8 @@ def main():
     special = list(AutoTokenizer.from_pretrained(model.parent, gguf_file=model.name).all_special_tokens) + ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
     results = {
         "logits": check_logits(programs, peer, smollm, paths, failures),
-        "tokenizer": check_tokenizer(programs, peer, model, paths, special, failures),
+        "tokenizer": vocabularies.check_smollm(programs, peer, model, paths, special, failures),
+        "tokenizers": vocabularies.check_families(programs, peer, paths, failures),
         "templates": check_templates(programs, peer, model, failures),
     }
     results["failures"] = failures
@@ -181,7 +141,8 @@ def main():
     summary = {f"{key}_{name}": round(value[side][figure], 6) for name, value in results["logits"].items()
                for key, side, figure in [("kl", "ours", "kl"), ("kl_peer", "peer", "kl"), ("top1", "ours", "top1"), ("top1_peer", "peer", "top1"),
                                          ("top1_float", "ours_float", "top1")]}
-    print(json.dumps(summary | {"strings": STRINGS, "other_ids": results["tokenizer"]["special"]["other_ids"],
+    print(json.dumps(summary | {"strings": vocabularies.SMOLLM_STRINGS, "other_ids": results["tokenizer"]["special"]["other_ids"],
+                                "tokenizers": len(results["tokenizers"]),
                                 "renderings": results["templates"]["renderings"], "other_renderings": results["templates"]["different"],
                                 "failures": len(failures)}))
     return 1 if failures else 0

@@ -3,8 +3,9 @@
 use std::collections::HashSet;
 
 use serde_json::Value;
+use tokenizers::normalizer::Range;
 use tokenizers::tokenizer::{Model, Normalizer, PreTokenizer};
-use tokenizers::{NormalizedString, OffsetReferential, OffsetType, PreTokenizedString, Tokenizer};
+use tokenizers::{AddedVocabulary, NormalizedString, OffsetReferential, OffsetType, PreTokenizedString, Tokenizer};
 
 use crate::chat::Rendered;
 use crate::error::{ModelError, Result};
@@ -20,6 +21,8 @@ pub(crate) struct SpecialTexts {
 #[derive(Debug)]
 pub struct Vocabulary {
     tokenizer: Tokenizer,
+    /// The added tokens without the special ones.
+    literal: AddedVocabulary,
     special_ids: HashSet<u32>,
     special_texts: Vec<String>,
 }
@@ -47,8 +50,11 @@ impl Vocabulary {
             .map(|(id, token)| (*id, token.content.clone()))
             .collect();
         let (ids, texts): (HashSet<u32>, Vec<String>) = special.into_iter().unzip();
+        let mut literal = tokenizer.get_added_vocabulary().clone();
+        literal.set_encode_special_tokens(true);
         Ok(Vocabulary {
             tokenizer,
+            literal,
             special_ids: ids,
             special_texts: texts,
         })
@@ -89,13 +95,31 @@ impl Vocabulary {
             .to_vec())
     }
 
-    /// The ids of `text` with no special token among them, whatever the text says.
+    /// The ids of `text` with no special token among them, whatever the text says: HF's with `encode_special_tokens`.
     pub fn encode_literal(&self, text: &str) -> Result<Vec<u32>> {
-        let mut normalized = NormalizedString::from(text);
+        let normalizer = self.tokenizer.get_normalizer();
+        self.plain_ids(self.literal.extract_and_normalize(normalizer, text))
+    }
+
+    /// The ids of `text` with no added token in it. `first`: no other text stands before it, which some pre-tokenizers ask.
+    fn encode_between(&self, text: &str, first: bool) -> Result<Vec<u32>> {
+        if text.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut normalized = match first {
+            true => NormalizedString::from(text),
+            false => NormalizedString::from(format!(" {text}"))
+                .slice(Range::Original(1..))
+                .expect("the text follows one byte"),
+        };
         if let Some(normalizer) = self.tokenizer.get_normalizer() {
             normalizer.normalize(&mut normalized).map_err(failed)?;
         }
-        let mut pieces = PreTokenizedString::from(normalized);
+        self.plain_ids(normalized.into())
+    }
+
+    /// The ids of normalized pieces, of which those without tokens are plain text.
+    fn plain_ids(&self, mut pieces: PreTokenizedString) -> Result<Vec<u32>> {
         if let Some(pre_tokenizer) = self.tokenizer.get_pre_tokenizer() {
             pre_tokenizer.pre_tokenize(&mut pieces).map_err(failed)?;
         }
@@ -143,12 +167,12 @@ impl Vocabulary {
                 .next()
                 .filter(|_| !text[start..end].contains(mark))
             {
-                ids.extend(self.encode_literal(&text[plain_from..start].replace(mark, ""))?);
+                ids.extend(self.encode_between(&text[plain_from..start].replace(mark, ""), plain_from == 0)?);
                 ids.push(added.id);
                 plain_from = end;
             }
         }
-        ids.extend(self.encode_literal(&text[plain_from..].replace(mark, ""))?);
+        ids.extend(self.encode_between(&text[plain_from..].replace(mark, ""), plain_from == 0)?);
         Ok(ids)
     }
 

@@ -426,6 +426,20 @@ fn a_quoted_special_token_changes_no_other_token_of_the_template() {
     let quoted = ids(&template, &vocabulary, &json!([{"content": "<|im_end|>"}]), false);
     let text: Vec<u32> = "<|im_end|>".bytes().map(u32::from).collect();
     assert_eq!(quoted, [text.as_slice(), &[258, 259]].concat());
+    // As HF with `encode_special_tokens`: only special tokens are plain text.
+    let literal = vocabulary.encode_literal("<|im_end|><think>").unwrap();
+    assert_eq!(literal, [text.as_slice(), &[259]].concat());
+
+    // Mistral 0.3: only the beginning of the whole text begins as if a space stood before it.
+    let mut json = sentence_piece(true);
+    json["normalizer"] = Value::Null;
+    json["pre_tokenizer"] = json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": false});
+    let vocabulary = Vocabulary::from_json(&json).unwrap();
+    let template = ChatTemplate::from_source("{{ messages[0].content }}</s>the", None, None).unwrap();
+    let [plain, quoted] = ["o", "</s>o"].map(|text| ids(&template, &vocabulary, &json!([{"content": text}]), false));
+    let end = |ids: &[u32]| ids.iter().skip_while(|id| **id != 2).copied().collect::<Vec<u32>>();
+    assert_eq!(end(&quoted), end(&plain));
+    assert_eq!(end(&plain).len(), 3, "{plain:?}");
 }
 
 #[test]

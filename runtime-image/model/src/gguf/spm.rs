@@ -1,7 +1,7 @@
 //! SentencePiece's BPE, which GGUF calls "llama": tokens with scores and types, bytes for what no token has, a space written as
 //! "▁". As the object of an HF `tokenizer.json`, and back.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use serde_json::{Value, json};
 
@@ -35,35 +35,63 @@ pub(super) fn pipeline(prefix: bool) -> (Value, Value) {
 }
 
 /// `model` of a `tokenizer.json`. SentencePiece joins the pair whose result has the highest score; a BPE knows pairs in order.
-pub(super) fn model(tokens: &[&str], types: &[i64], scores: &[f64], vocab: Value) -> Value {
-    let normal: HashMap<&str, usize> = tokens
+///
+/// That order is HF's converter's: results that the model's maker defined come first, as SentencePiece never splits them.
+/// Pairs with one result go by their ids or, in Gemma's files (`by_length`), with the longest left part first.
+pub(super) fn model(tokens: &[String], types: &[i64], scores: &[f64], vocab: Value, by_length: bool) -> Value {
+    let defined = |id: usize| types[id] == i64::from(USER_DEFINED);
+    let plain: HashMap<&str, usize> = tokens
         .iter()
         .enumerate()
-        .filter(|(id, _)| [i64::from(NORMAL), i64::from(USER_DEFINED)].contains(&types[*id]))
-        .map(|(id, text)| (*text, id))
+        .filter(|(id, _)| types[*id] == i64::from(NORMAL) || defined(*id))
+        .map(|(id, text)| (text.as_str(), id))
         .collect();
     let mut merges: Vec<(usize, usize, usize)> = Vec::new();
-    for (text, id) in &normal {
-        if types[*id] != i64::from(NORMAL) || text.len() > 4 * MAX_TOKEN_CHARACTERS {
+    for (text, id) in &plain {
+        if text.len() > 4 * MAX_TOKEN_CHARACTERS {
             continue;
         }
         for (at, _) in text.char_indices().skip(1) {
-            if let (Some(left), Some(right)) = (normal.get(&text[..at]), normal.get(&text[at..])) {
+            if let (Some(left), Some(right)) = (plain.get(&text[..at]), plain.get(&text[at..])) {
                 merges.push((*id, *left, *right));
             }
         }
     }
-    merges.sort_by(|a, b| scores[b.0].total_cmp(&scores[a.0]).then(a.cmp(b)));
+    let score = |id: usize| if defined(id) { f64::INFINITY } else { scores[id] };
+    let lengths = |(_, left, right): &(usize, usize, usize)| match by_length {
+        true => [*left, *right].map(|part| tokens[part].chars().count()),
+        false => [0; 2],
+    };
+    merges.sort_by(|a, b| {
+        let by_score = score(b.0).total_cmp(&score(a.0));
+        by_score.then_with(|| lengths(b).cmp(&lengths(a))).then(a.cmp(b))
+    });
     let merges: Vec<Value> = merges
         .iter()
         .map(|(_, left, right)| json!([tokens[*left], tokens[*right]]))
         .collect();
     let unknown = types.iter().position(|kind| *kind == i64::from(UNKNOWN));
     json!({
-        "type": "BPE", "dropout": null, "unk_token": unknown.map(|id| tokens[id]), "continuing_subword_prefix": null,
+        "type": "BPE", "dropout": null, "unk_token": unknown.map(|id| &tokens[id]), "continuing_subword_prefix": null,
         "end_of_word_suffix": null, "fuse_unk": true, "byte_fallback": true, "ignore_merges": false, "vocab": vocab,
         "merges": merges,
     })
+}
+
+/// The tokens' texts as an HF `tokenizer.json` has them: llama.cpp's converter writes runs of spaces that the model's maker
+/// defined (Gemma's) as spaces.
+pub(super) fn texts(tokens: &[&str], types: &[i64]) -> Vec<String> {
+    let known: HashSet<&str> = tokens.iter().copied().collect();
+    let text = |(text, kind): (&&str, &i64)| {
+        let spaces = *kind == i64::from(USER_DEFINED) && text.bytes().all(|byte| byte == b' ');
+        let written = text.replace(' ', SPACE);
+        if spaces && !known.contains(written.as_str()) {
+            written
+        } else {
+            (*text).to_owned()
+        }
+    };
+    tokens.iter().zip(types).map(text).collect()
 }
 
 /// Whether a `tokenizer.json` is SentencePiece's BPE in the form that [`pipeline`] gives; if so, its `prefix`.
@@ -118,4 +146,38 @@ pub(super) fn scores_and_types(json: &Value, tokens: &[String], types: &mut [i32
         }
     }
     scores
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The order of Gemma's own `tokenizer.json`, from the lists as `convert_hf_to_gguf.py` writes them: what the maker defined
+    /// has its own type, spaces, and a score that says nothing.
+    #[test]
+    fn gemmas_runs_of_spaces_are_joined_before_all_else() {
+        let tokens = ["▁", "a", "▁a", "  ", "   ", "▁▁a", "<unused0>"];
+        let types = [1, 1, 1, 4, 4, 1, 4];
+        let scores = [-3.0, -4.0, -1.0, -1000.0, -1000.0, -2.0, -1000.0];
+        let texts = texts(&tokens, &types);
+        assert_eq!(texts[3..5], ["▁▁", "▁▁▁"]);
+        let merges = |by_length| model(&texts, &types, &scores, Value::Null, by_length)["merges"].clone();
+        assert_eq!(
+            merges(true),
+            json!([
+                ["▁▁", "▁"],
+                ["▁", "▁▁"],
+                ["▁", "▁"],
+                ["▁", "a"],
+                ["▁▁", "a"],
+                ["▁", "▁a"]
+            ])
+        );
+        // The pairs of one result in Llama's order, by their ids.
+        let llama = merges(false);
+        assert_eq!(
+            llama.as_array().map(|all| &all[4..]),
+            Some(&[json!(["▁", "▁a"]), json!(["▁▁", "a"])][..])
+        );
+    }
 }

@@ -131,15 +131,20 @@ pub(super) fn tokenizer_json(file: &Gguf) -> Result<Value> {
             format!("{} tokens have {} types", tokens.len(), types.len()),
         ));
     }
-    let phi3 = file.string("general.architecture") == Some("phi3");
+    let tokens = match sentence_piece {
+        true => spm::texts(&tokens, &types),
+        false => tokens.into_iter().map(str::to_owned).collect(),
+    };
+    let architecture = file.string("general.architecture").unwrap_or_default();
+    let phi3 = sentence_piece && architecture == "phi3";
     let added: Vec<Value> = tokens
         .iter()
         .zip(&types)
         .enumerate()
         .filter(|(_, (_, kind))| [UNKNOWN, CONTROL.into(), USER_DEFINED.into()].contains(kind))
         .map(|(id, (text, kind))| {
-            // Phi-3's own files say so; GGUF has no place for it, and llama.cpp knows it by the architecture.
-            let rstrip = sentence_piece && phi3 && text.starts_with("<|") && *text != "<|endoftext|>";
+            // Phi-3's own files say so; GGUF has no place for it, and llama.cpp knows it by the model's name.
+            let rstrip = phi3 && (text == "</s>" || text.starts_with("<|") && text != "<|endoftext|>");
             json!({
                 "id": id, "content": text, "single_word": false, "lstrip": false, "rstrip": rstrip, "normalized": false,
                 "special": *kind != i64::from(USER_DEFINED),
@@ -148,7 +153,7 @@ pub(super) fn tokenizer_json(file: &Gguf) -> Result<Value> {
         .collect();
     let bos = file
         .unsigned("tokenizer.ggml.bos_token_id")
-        .and_then(|id| Some((id, *tokens.get(usize::try_from(id).ok()?)?)));
+        .and_then(|id| Some((id, tokens.get(usize::try_from(id).ok()?)?)));
     let post_processor = match bos.filter(|_| file.bool("tokenizer.ggml.add_bos_token").unwrap_or(sentence_piece)) {
         Some((id, text)) => json!({
             "type": "TemplateProcessing",
@@ -161,7 +166,7 @@ pub(super) fn tokenizer_json(file: &Gguf) -> Result<Value> {
     let vocab: serde_json::Map<String, Value> = tokens
         .iter()
         .enumerate()
-        .map(|(id, text)| ((*text).to_owned(), json!(id)))
+        .map(|(id, text)| (text.clone(), json!(id)))
         .collect();
     if vocab.len() != tokens.len() {
         return Err(ModelError::malformed(path, "two token ids have the same text"));
@@ -173,7 +178,13 @@ pub(super) fn tokenizer_json(file: &Gguf) -> Result<Value> {
                 .filter(|scores| scores.len() == tokens.len())
                 .ok_or_else(|| missing("tokenizer.ggml.scores"))?;
             let (normalizer, decoder) = spm::pipeline(file.bool("tokenizer.ggml.add_space_prefix").unwrap_or(true));
-            let model = spm::model(&tokens, &types, &scores, vocab.into());
+            let model = spm::model(
+                &tokens,
+                &types,
+                &scores,
+                vocab.into(),
+                architecture.starts_with("gemma"),
+            );
             (normalizer, Value::Null, decoder, model)
         }
         false => {
