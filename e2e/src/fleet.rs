@@ -110,7 +110,17 @@ fn stages(seconds: u32, message: &str, address: Ipv4Addr) -> String {
     // In YAML's single quotes, a quote is written twice.
     let message = message.replace('\'', "''");
     format!(
-        r#"apiVersion: kwok.x-k8s.io/v1alpha1
+        r#"apiVersion: config.kwok.x-k8s.io/v1alpha1
+kind: KwokConfiguration
+options:
+  # The 4 that are usual wait for a busy server most of the time. Without the others, which are the usual ones, kwok has none.
+  podPlayStageParallelism: 32
+  nodePlayStageParallelism: 4
+  nodeLeaseParallelism: 4
+  podsOnNodeSyncParallelism: 4
+  cidr: 10.0.0.0/24
+---
+apiVersion: kwok.x-k8s.io/v1alpha1
 kind: Stage
 metadata: {{name: node-ready}}
 spec:

@@ -14,7 +14,7 @@ use reqwest::Certificate;
 use serde_json::{Value, json};
 use strata_api::InferenceService;
 use strata_e2e::bed::network::http_builder;
-use strata_e2e::strata::{apply, ready};
+use strata_e2e::strata::{apply, condition, ready};
 use strata_e2e::{Context, install, run, wait, with_temp_ns};
 
 const DEADLINE: Duration = Duration::from_secs(300);
@@ -31,6 +31,7 @@ spec:
   maxConcurrentRequests: 4
   auth: {secret: {name: keys, key: keys}}
   tls: {secretName: certificate}
+  autoscale: {maxReplicas: 2, targets: {kvCacheUtilizationPercent: 90}}
 ";
 
 #[tokio::test]
@@ -52,6 +53,13 @@ async fn who_has_a_key_is_answered_over_https_by_model_and_adapter_and_a_new_key
         let service: InferenceService = ready(&context, "plain", DEADLINE).await?;
         let url = service.status.and_then(|status| status.url).context("an address")?;
         ensure!(url == format!("https://{host}"), "{url}");
+        let is_asked = |service: Option<&InferenceService>| {
+            service
+                .and_then(|service| condition(service, "MetricsAvailable"))
+                .is_some_and(|(status, ..)| status == "True")
+        };
+        let what = "is asked for its metrics, over HTTPS and without a key";
+        wait::until(&context.api(), "plain", what, DEADLINE, is_asked).await?;
         let address = address(&context).await?;
         let client = client(&authority, &host, address)?;
         let status = async |key: Option<&str>| -> Result<u16> {

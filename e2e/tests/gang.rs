@@ -39,7 +39,9 @@ const PATIENT: &str = r#"
 
 /// Serves the files of the model.
 const SERVER: &str = r#"
-    mkdir /tmp/www && cp -r "$STRATA_MODEL_PATH/." /tmp/www && echo ok > /tmp/www/health && exec httpd -f -p "$STRATA_PORT" -h /tmp/www
+    mkdir /tmp/www && cp -r "$STRATA_MODEL_PATH/." /tmp/www && echo ok > /tmp/www/health
+    echo 'tgi_batch_current_size 8' > /tmp/www/metrics && echo 'tgi_queue_size 40' >> /tmp/www/metrics
+    exec httpd -f -p "$STRATA_PORT" -h /tmp/www
 "#;
 
 const QUEUES: &str = r#"
@@ -218,6 +220,7 @@ metadata: {{name: pair}}
 spec:
   model: {{pretrainJob: {{name: pair}}}}
   engine: {{container: {{image: "{SHELL}", command: [sh, -ec], args: [{script}]}}}}
+  autoscale: {{maxReplicas: 2, targets: {{waitingRequests: 4}}}}
   drain: 1s
 "#
     );
@@ -244,6 +247,23 @@ spec:
         .text()
         .await?;
     ensure!(answer == "node 1 of 2\n", "the server answers {answer:?}");
+    // It says of itself, in another server's words, that more wait than should.
+    let has_grown = |service: Option<&InferenceService>| {
+        let status = service.and_then(|service| service.status.as_ref());
+        status.is_some_and(|status| {
+            let change = status.scaling_history.first();
+            let why = change.is_some_and(|change| change.to == 2 && change.message.contains("the queue"));
+            why && status.ready_replicas == Some(2)
+        })
+    };
+    wait::until(
+        &context.api(),
+        "pair",
+        "has two pods, for its queue",
+        DEADLINE,
+        has_grown,
+    )
+    .await?;
     context
         .kubectl(["delete", "inferenceservice/pair", "--wait=false"])
         .await
