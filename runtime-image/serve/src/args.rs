@@ -155,6 +155,13 @@ pub struct ServeArgs {
     /// Reuse the computed beginnings of earlier prompts.
     #[arg(long)]
     pub enable_prefix_caching: bool,
+    /// Folder on a disk for beginnings of prompts that --kv-cache-memory-bytes has no more room for: they are read back instead of
+    /// computed again. They lie in a file without a name, which ends with the server.
+    #[arg(long, requires = "kv_spill_bytes", requires = "enable_prefix_caching")]
+    pub kv_spill_dir: Option<PathBuf>,
+    /// The most bytes in --kv-spill-dir.
+    #[arg(long, requires = "kv_spill_dir")]
+    pub kv_spill_bytes: Option<u64>,
     /// Guess tokens ahead and check several in one step; answers do not change. A JSON object, as in vLLM:
     /// {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2} guesses from the text
     /// itself, {"method": "draft_model", "model": PATH, "num_speculative_tokens": 3} with a smaller model of the same tokens.

@@ -7,6 +7,7 @@ mod active;
 mod adapter;
 pub mod candle;
 mod constraint;
+mod disk;
 pub mod encoder;
 pub mod executor;
 mod forward;
@@ -28,6 +29,7 @@ use tokio::sync::{mpsc, oneshot};
 pub use adapter::Adapter;
 pub(crate) use constraint::lark_regex;
 pub use constraint::{Constraint, Form, FormError, Forms};
+pub(crate) use disk::Disk;
 pub use forward::Forward;
 pub use sample::{Sampling, TokenProb};
 pub use score::{ScoreError, Scorer};
@@ -189,10 +191,12 @@ struct Command {
 }
 
 impl Engine {
-    /// Starts the engine's thread. With `speculation` up to that many tokens are guessed ahead of each step. The receiver resolves when the thread ends: after the last handle is gone, or by a panic.
+    /// Starts the engine's thread. With `speculation` up to that many tokens are guessed ahead of each step; blocks that the cache
+    /// has no more room for go to `disk`. The receiver resolves when the thread ends: after the last handle is gone, or by a panic.
     pub(crate) fn start(
         executor: Box<dyn Forward>,
         speculation: Option<(Drafter, usize)>,
+        disk: Option<Disk>,
         vocabulary: Arc<Vocabulary>,
         limits: Limits,
         metrics: Arc<Metrics>,
@@ -200,7 +204,7 @@ impl Engine {
         let (commands, receiver) = mpsc::channel(limits.max_sequences + limits.max_waiting);
         let shared = Arc::new(Shared::default());
         let (ended, ended_receiver) = oneshot::channel();
-        let runner = Runner::new(
+        let mut runner = Runner::new(
             receiver,
             executor,
             speculation,
@@ -209,6 +213,7 @@ impl Engine {
             shared.clone(),
             metrics,
         );
+        runner.disk = disk;
         std::thread::Builder::new().name("engine".to_owned()).spawn(move || {
             let _ended = ended; // dropped when the thread ends, however it ends
             runner.run();

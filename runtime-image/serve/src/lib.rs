@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! http ──Submission──▶ engine ──▶ schedule (which tokens) ──▶ executor (logits) ──▶ sample ──Event──▶ http
+//!                         └──────▶ disk (blocks that the cache has no room for)
 //! ```
 //! `schedule` is pure, `engine::executor` knows matrices and blocks but no requests, `http` knows requests but no tensors.
 

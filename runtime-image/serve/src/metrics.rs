@@ -69,6 +69,10 @@ pub struct Metrics {
     usage: [Gauge; 2],
     prefix_queries: [IntCounter; 2],
     prefix_hits: [IntCounter; 2],
+    disk_queries: IntCounter,
+    disk_hits: IntCounter,
+    disk_bytes: IntGauge,
+    damaged: IntCounter,
     preemptions: IntCounter,
     drafts: IntCounter,
     draft_tokens: IntCounter,
@@ -111,11 +115,12 @@ impl Metrics {
         cache_dtype: &str,
     ) -> Result<Self, prometheus::Error> {
         let registry = Registry::new();
-        let opts = |name: &str, help: &str| {
-            Opts::new(format!("vllm:{name}"), help)
+        let labelled = |name: &str, help: &str| {
+            Opts::new(name, help)
                 .const_label("model_name", model_name)
                 .const_label("engine", "0")
         };
+        let opts = |name: &str, help: &str| labelled(&format!("vllm:{name}"), help);
         macro_rules! register {
             ($metric:expr) => {{
                 let metric = $metric?;
@@ -184,6 +189,19 @@ impl Metrics {
                 counter("prefix_cache_hits_total", hits)?,
                 counter("gpu_prefix_cache_hits_total", hits)?,
             ],
+            disk_queries: counter(
+                "external_prefix_cache_queries_total",
+                "Prompt tokens that were not in the prefix cache, looked up on the disk.",
+            )?,
+            disk_hits: counter("external_prefix_cache_hits_total", "Prompt tokens read from the disk.")?,
+            disk_bytes: register!(IntGauge::with_opts(labelled(
+                "strata_kv_spill_used_bytes",
+                "Bytes of keys and values on the disk."
+            ))),
+            damaged: register!(IntCounter::with_opts(labelled(
+                "strata_kv_spill_damaged_total",
+                "Blocks on the disk that were not what had been written, and were computed instead."
+            ))),
             preemptions: counter(
                 "num_preemptions_total",
                 "Times a request lost its blocks and was computed again.",
@@ -264,13 +282,27 @@ impl Metrics {
             preemptions,
             prefix_queries,
             prefix_hits,
+            disk_queries,
+            disk_hits,
         } = scheduler.counts();
         let up_to = |counter: &IntCounter, now: u64| counter.inc_by(now.saturating_sub(counter.get()));
         up_to(&self.preemptions, preemptions);
+        up_to(&self.disk_queries, disk_queries);
+        up_to(&self.disk_hits, disk_hits);
         self.prefix_queries
             .iter()
             .for_each(|counter| up_to(counter, prefix_queries));
         self.prefix_hits.iter().for_each(|counter| up_to(counter, prefix_hits));
+    }
+
+    /// That many bytes are on the disk.
+    pub(crate) fn disk(&self, bytes: usize) {
+        self.disk_bytes.set(bytes as i64);
+    }
+
+    /// A block on the disk was not what had been written.
+    pub(crate) fn damaged(&self) {
+        self.damaged.inc();
     }
 
     /// Requests for embeddings that are being computed, and that wait.

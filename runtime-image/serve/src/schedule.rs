@@ -7,6 +7,8 @@
 //!                       └───────────────────────────────────┘ └── fork: another choice of the same prompt
 //!                         preempted: blocks taken, computed again later
 //! ```
+//! A request whose prompt begins with what lies on the disk has its blocks and its place while that is read, and is computed
+//! once it is there. What could not be read sends it back to wait: then it finds less, and computes the rest.
 //!
 //! Every step has a budget of tokens. Requests that produce take one each, first; prompts share the rest in chunks; drafts
 //! get what is left. Who runs is decided between clients ([`fair`]). When blocks run out, the last running request in the
@@ -16,6 +18,7 @@
 mod blocks;
 mod fair;
 mod plan;
+mod slots;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -42,6 +45,8 @@ pub struct Limits {
     pub blocks: usize,
     /// Keep the blocks of finished requests and reuse them for prompts that begin alike.
     pub prefix_caching: bool,
+    /// Slots on the disk, each for what a block holds; none without prefix caching.
+    pub spill_slots: usize,
 }
 
 /// A request that could not run even alone.
@@ -104,9 +109,39 @@ pub struct Work {
     pub drafts: usize,
 }
 
+/// What a block holds goes to a slot of the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Spill {
+    /// From where.
+    pub block: u32,
+    /// To where.
+    pub slot: u32,
+    /// Names what it is; nothing else ever has the same name.
+    pub content: u64,
+}
+
+/// What a slot of the disk holds goes to a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Load {
+    /// For which request.
+    pub id: RequestId,
+    /// And which of its attempts to run.
+    pub attempt: u64,
+    /// From where.
+    pub slot: u32,
+    /// What must be there.
+    pub content: u64,
+    /// To where.
+    pub block: u32,
+}
+
 /// What a forward pass computes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Step {
+    /// Blocks that are copied out before anything is written to a block.
+    pub spills: Vec<Spill>,
+    /// Slots to be read behind that, in this order; each is reported with [`Scheduler::loaded`], whenever it has been.
+    pub loads: Vec<Load>,
     /// Blocks whose content is copied before anything is computed, from and to, in this order.
     pub copies: Vec<(u32, u32)>,
     /// The tokens.
@@ -122,6 +157,23 @@ pub struct Counts {
     pub prefix_queries: u64,
     /// Prompt tokens found there.
     pub prefix_hits: u64,
+    /// Prompt tokens that were not, and were looked up on the disk.
+    pub disk_queries: u64,
+    /// Prompt tokens that came from there.
+    pub disk_hits: u64,
+}
+
+/// A request that waits for blocks from the disk.
+#[derive(Clone, Debug)]
+struct Loading {
+    attempt: u64,
+    /// The slots that it holds.
+    slots: Vec<u32>,
+    /// How many were not read yet.
+    left: usize,
+    /// Blocks that are known then, and the name of the last one's content.
+    known: usize,
+    content: u64,
 }
 
 #[derive(Clone, Debug)]
@@ -150,6 +202,8 @@ struct Request {
     /// Prompt tokens that came from the prefix cache; known once it was admitted for the first time. What a preempted
     /// request finds later is mostly its own, and would count as a hit what is only lost and found.
     cached: Option<usize>,
+    /// What it waits for, if it waits for the disk.
+    loading: Option<Loading>,
 }
 
 /// The scheduler.
@@ -164,19 +218,22 @@ pub struct Scheduler {
     /// Places taken by what runs.
     places: usize,
     counts: Counts,
+    /// Times that a request began to wait for the disk.
+    attempts: u64,
 }
 
 impl Scheduler {
     /// A scheduler over an empty cache.
     pub fn new(limits: Limits) -> Self {
         Scheduler {
-            pool: BlockPool::new(limits.blocks),
+            pool: BlockPool::new(limits.blocks, limits.spill_slots),
             limits,
             requests: HashMap::new(),
             clients: Clients::default(),
             running: Vec::new(),
             places: 0,
             counts: Counts::default(),
+            attempts: 0,
         }
     }
 
@@ -204,6 +261,7 @@ impl Scheduler {
             known: 0,
             content: 0,
             cached: None,
+            loading: None,
         };
         let before = self.requests.insert(id, request);
         assert!(before.is_none(), "request {id} is there already");
@@ -235,6 +293,9 @@ impl Scheduler {
             return;
         };
         self.pool.release_all(&request.table);
+        if let Some(loading) = &request.loading {
+            self.pool.let_go(&loading.slots);
+        }
         match self.running.binary_search(&request.order) {
             Ok(at) => {
                 self.running.remove(at);
@@ -271,6 +332,54 @@ impl Scheduler {
         self.clients
             .charge(request.client, tokens.len() as u64 * fair::TOKEN_COST);
         self.register(id);
+    }
+
+    /// Whether anybody still waits for this.
+    pub fn is_wanted(&self, load: &Load) -> bool {
+        let loading = self.requests.get(&load.id).and_then(|request| request.loading.as_ref());
+        loading.is_some_and(|loading| loading.attempt == load.attempt)
+    }
+
+    /// Reports that a slot was read, or could not be. True if its block must have the content before the next step is computed.
+    pub fn loaded(&mut self, load: &Load, is_whole: bool) -> bool {
+        if !self.is_wanted(load) {
+            return false; // whoever waited for it has gone, or lost the block
+        }
+        if !is_whole {
+            self.pool.lost(load.slot);
+            self.send_back(load.id);
+            return false;
+        }
+        self.pool.loaded(load.slot, load.block);
+        let request = self.requests.get_mut(&load.id).expect("it waits");
+        let is_last = request.loading.as_mut().is_some_and(|loading| {
+            loading.left -= 1;
+            loading.left == 0
+        });
+        if let Some(loading) = request.loading.take_if(|_| is_last) {
+            self.pool.let_go(&loading.slots);
+            self.begin(load.id, loading.known, loading.slots.len(), loading.content);
+        }
+        true
+    }
+
+    /// There is no disk any more: what was on it is forgotten, and whoever waited for it computes.
+    pub fn close_disk(&mut self) {
+        let waiting = self.running.iter().map(|order| order.id);
+        let waiting: Vec<RequestId> = waiting.filter(|id| self.requests[id].loading.is_some()).collect();
+        waiting.into_iter().for_each(|id| self.send_back(id));
+        self.pool.close_disk();
+    }
+
+    /// Whether a request waits for the disk.
+    pub fn is_loading(&self) -> bool {
+        let mut running = self.running.iter();
+        running.any(|order| self.requests[&order.id].loading.is_some())
+    }
+
+    /// Slots of the disk in use.
+    pub fn slots_used(&self) -> usize {
+        self.pool.slots_used()
     }
 
     /// Makes the full blocks of a request findable.

@@ -25,7 +25,7 @@ use crate::connections::{self, Bounds};
 use crate::engine::candle::CandleExecutor;
 use crate::engine::encoder::{Embedder, Encoder};
 use crate::engine::executor::{Executor, Precision, block_bytes};
-use crate::engine::{Drafter, Engine, Forms, Forward, Speculation};
+use crate::engine::{Disk, Drafter, Engine, Forms, Forward, Speculation};
 use crate::error::ServeError;
 use crate::http::{self, Admission, Embeds, Keys, Loaded, ResponseStore, Served, State};
 use crate::metrics::Metrics;
@@ -187,6 +187,11 @@ fn thread(source: std::io::Error) -> ServeError {
 
 fn load_encoder(args: &ServeArgs) -> Result<(Embeds, oneshot::Receiver<()>), ServeError> {
     let begin = Instant::now();
+    if args.kv_spill_dir.is_some() {
+        let message =
+            "--kv-spill-dir is for models that generate: an encoder keeps nothing between steps; leave it out";
+        return Err(ServeError::Arguments(message.to_owned()));
+    }
     let model = Bert::open(&args.model)?;
     let most = model.config.max_positions;
     let max_model_len = match args.max_model_len {
@@ -205,6 +210,7 @@ fn load_encoder(args: &ServeArgs) -> Result<(Embeds, oneshot::Receiver<()>), Ser
         block_tokens: args.block_size as usize,
         blocks: 0, // an encoder keeps nothing between steps
         prefix_caching: false,
+        spill_slots: 0,
     };
     let metrics = Arc::new(Metrics::new(&names[0], &limits, max_model_len, "float32")?);
     let encoder = Encoder::new(&model)?;
@@ -246,7 +252,7 @@ fn load_generator(args: &ServeArgs) -> Result<(Served, oneshot::Receiver<()>), S
             drafter.map(|drafter| (drafter, speculation.drafts()))
         }
     };
-    let executor = executor(&model)?;
+    let mut executor = executor(&model)?;
     let names = names(args);
     let metrics = Arc::new(Metrics::new(
         &names[0],
@@ -265,8 +271,26 @@ fn load_generator(args: &ServeArgs) -> Result<(Served, oneshot::Receiver<()>), S
         seconds = begin.elapsed().as_secs_f64(),
         "model loaded"
     );
-    let (engine, ended) =
-        Engine::start(executor, speculation, model.vocabulary.clone(), limits, metrics.clone()).map_err(thread)?;
+    let disk = match &args.kv_spill_dir {
+        None => None,
+        Some(_) if executor.on_cpu().is_none() => {
+            let message = "--kv-spill-dir is for a cache in memory: blocks do not leave a GPU yet; leave it out";
+            return Err(ServeError::Arguments(message.to_owned()));
+        }
+        Some(folder) => {
+            let bytes = cache_block_bytes(args, &configs);
+            Some(Disk::start(folder, bytes, limits.spill_slots, metrics.clone())?)
+        }
+    };
+    let (engine, ended) = Engine::start(
+        executor,
+        speculation,
+        disk,
+        model.vocabulary.clone(),
+        limits,
+        metrics.clone(),
+    )
+    .map_err(thread)?;
     let eos = model.generation.eos.clone();
     let forms = Forms::new(model.vocabulary.clone(), model.config.vocab_size, eos);
     let most = if args.enable_lora { args.max_loras as usize } else { 0 };
@@ -361,15 +385,18 @@ fn default_name(path: &Path) -> String {
     )
 }
 
+/// Bytes that a block takes in the caches of all models.
+fn cache_block_bytes(args: &ServeArgs, configs: &[&ModelConfig]) -> usize {
+    let (block_tokens, dtype) = (args.block_size as usize, args.kv_cache_dtype.kernel());
+    let of = |config: &&ModelConfig| block_bytes(config, block_tokens, dtype);
+    configs.iter().map(of).sum()
+}
+
 /// How many blocks the cache has, for the served model, which comes first, and whatever runs beside it. `memory` is what the
 /// container may use.
 fn limits(args: &ServeArgs, configs: &[&ModelConfig], memory: Option<u64>) -> Result<Limits, ServeError> {
     let block_tokens = args.block_size as usize;
-    let dtype = args.kv_cache_dtype.kernel();
-    let block: usize = configs
-        .iter()
-        .map(|config| block_bytes(config, block_tokens, dtype))
-        .sum();
+    let block = cache_block_bytes(args, configs);
     let per_sequence = args
         .max_model_len
         .unwrap_or(configs[0].max_positions)
@@ -381,21 +408,21 @@ fn limits(args: &ServeArgs, configs: &[&ModelConfig], memory: Option<u64>) -> Re
             memory.map_or(all, |memory| all.min(memory / 4))
         }
     };
-    let blocks = usize::try_from(bytes / block as u64)
-        .unwrap_or(usize::MAX)
-        .min(u32::MAX as usize);
-    if blocks == 0 {
-        return Err(ServeError::Arguments(format!(
-            "--kv-cache-memory-bytes {bytes} holds no block of {block} bytes; give it at least that"
-        )));
-    }
+    let blocks_of = |option: &str, bytes: u64| match bytes / block as u64 {
+        0 => Err(ServeError::Arguments(format!(
+            "{option} {bytes} holds no block of {block} bytes; give it at least that"
+        ))),
+        blocks => Ok(usize::try_from(blocks).unwrap_or(usize::MAX).min(u32::MAX as usize)),
+    };
+    let spilled = args.kv_spill_bytes.map(|bytes| blocks_of("--kv-spill-bytes", bytes));
     Ok(Limits {
         max_sequences: args.max_num_seqs as usize,
         max_batched_tokens: args.max_num_batched_tokens as usize,
         max_waiting: args.max_num_waiting as usize,
         block_tokens,
-        blocks,
+        blocks: blocks_of("--kv-cache-memory-bytes", bytes)?,
         prefix_caching: args.enable_prefix_caching,
+        spill_slots: spilled.transpose()?.unwrap_or(0),
     })
 }
 
@@ -461,5 +488,26 @@ mod tests {
             }
         }
         assert!(limits(&args("--kv-cache-memory-bytes 100"), &[&config], None).is_err());
+        let spill = |bytes: u64| format!("--enable-prefix-caching --kv-spill-dir d --kv-spill-bytes {bytes}");
+        let slots = |bytes: u64| limits(&args(&spill(bytes)), &[&config], None).map(|limits| limits.spill_slots);
+        assert_eq!(slots(4096 * 7 + 4095).ok(), Some(7));
+        let error = slots(4095).unwrap_err().to_string();
+        assert!(
+            error.contains("--kv-spill-bytes 4095 holds no block of 4096"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn spilling_needs_a_folder_a_size_and_the_prefix_cache() {
+        for (more, missing) in [
+            ("--kv-spill-dir d --enable-prefix-caching", "--kv-spill-bytes"),
+            ("--kv-spill-bytes 1 --enable-prefix-caching", "--kv-spill-dir"),
+            ("--kv-spill-dir d --kv-spill-bytes 1", "--enable-prefix-caching"),
+        ] {
+            let parsed = Cli::try_parse_from(format!("serve --model m {more}").split_whitespace());
+            let error = parsed.err().expect("it is refused").to_string();
+            assert!(error.contains("required") && error.contains(missing), "{more}: {error}");
+        }
     }
 }

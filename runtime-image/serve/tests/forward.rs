@@ -104,8 +104,18 @@ fn tokens(count: usize, seed: u32, config: &ModelConfig) -> Vec<u32> {
 
 /// Computes `tokens` in pieces of the given sizes; returns the logits of every position.
 fn run(executor: &mut Executor, tokens: &[u32], pieces: &[usize], table: &[u32]) -> Vec<Vec<f32>> {
+    run_from(executor, tokens, 0, pieces, table)
+}
+
+/// The same of those from `start` on: the blocks have the others.
+fn run_from(
+    executor: &mut Executor,
+    tokens: &[u32],
+    mut start: usize,
+    pieces: &[usize],
+    table: &[u32],
+) -> Vec<Vec<f32>> {
     let mut out = Vec::new();
-    let mut start = 0;
     for size in pieces.iter().chain(std::iter::repeat(&tokens.len())) {
         let end = (start + size).min(tokens.len());
         let rows = (start..end)
@@ -175,6 +185,7 @@ fn chunks_neighbours_and_the_place_of_blocks_change_no_bit() {
     let config = tiny_config();
     let (mine, other) = (tokens(30, 1, &config), tokens(25, 2, &config));
     for (precision, dtype) in [
+        (Precision::Float, KvDtype::F32),
         (Precision::Float, KvDtype::F16),
         (Precision::Stored, KvDtype::F16),
         (Precision::Stored, KvDtype::Q8),
@@ -193,6 +204,20 @@ fn chunks_neighbours_and_the_place_of_blocks_change_no_bit() {
                 "{pieces:?}"
             );
         }
+        // The first blocks leave the cache, another sequence is written over them, and they come back to other places.
+        let mut away = executor(&config, precision, dtype);
+        run(&mut away, &mine[..16], &[5], &[0, 1, 2, 3]);
+        let mut saved = vec![vec![0; away.block_bytes()]; 4];
+        saved
+            .iter_mut()
+            .zip(0..)
+            .for_each(|(bytes, block)| away.save_block(block, bytes));
+        run(&mut away, &other, &[], &(0..7).collect::<Vec<_>>());
+        saved
+            .iter()
+            .zip(&scattered)
+            .for_each(|(bytes, block)| away.load_block(*block, bytes));
+        assert_eq!(run_from(&mut away, &mine, 16, &[3], &scattered), alone[16..]);
         // Two sequences in one batch, the other one in the middle of its prompt.
         let mut both = executor(&config, precision, dtype);
         let tables = vec![

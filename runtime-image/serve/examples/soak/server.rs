@@ -12,7 +12,7 @@ use crate::{Failure, peft};
 
 const START: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(50);
-/// Far fewer blocks than the running requests ask for, so that some lose theirs; a queue that overflows.
+/// Far fewer blocks than the running requests ask for, so that some lose theirs; a queue and a disk that overflow.
 const FLAGS: &str = "--max-num-seqs 16 --max-num-batched-tokens 256 --max-num-waiting 24 --kv-cache-memory-bytes 500000 \
                      --enable-prefix-caching --body-timeout 2 --shutdown-delay 0 --enable-lora --enable-lora-updates --max-loras 3";
 /// Adapters to swap: more than the server takes at once.
@@ -67,6 +67,8 @@ impl Server {
             .args(["--served-model-name", "tiny", "--report", "/dev/null", "--model"])
             .arg(folder.path())
             .args(FLAGS.split_whitespace())
+            .args(["--kv-spill-bytes", "4000000", "--kv-spill-dir"])
+            .arg(folder.path())
             .stdout(std::process::Stdio::null())
             .kill_on_drop(true)
             .spawn()?;

@@ -116,6 +116,7 @@ pub struct Executor {
     /// What turns queries and keys: in local layers perhaps another than elsewhere.
     ropes: Vec<RopeTable>,
     cache: Vec<KvLayer>,
+    kv_dtype: KvDtype,
     block_tokens: usize,
     scratch: Scratch,
 }
@@ -213,6 +214,7 @@ impl Executor {
                 })
                 .collect(),
             cache: (0..config.layers).map(|_| KvLayer::new(layout, blocks)).collect(),
+            kv_dtype,
             block_tokens,
             config: config.clone(),
             scratch: Scratch::default(),
@@ -250,6 +252,25 @@ impl Executor {
         self.cache.iter_mut().for_each(|layer| layer.copy_block(from, to));
     }
 
+    /// Bytes that one block takes in all layers.
+    pub fn block_bytes(&self) -> usize {
+        block_bytes(&self.config, self.block_tokens, self.kv_dtype)
+    }
+
+    /// Copies what a block holds to `bytes`, which are [`Executor::block_bytes`].
+    pub fn save_block(&self, block: u32, bytes: &mut [u8]) {
+        let each = bytes.len() / self.cache.len();
+        let layers = self.cache.iter().zip(bytes.chunks_exact_mut(each));
+        layers.for_each(|(layer, bytes)| layer.save_block(block, bytes));
+    }
+
+    /// Makes a block what [`Executor::save_block`] gave.
+    pub fn load_block(&mut self, block: u32, bytes: &[u8]) {
+        let each = bytes.len() / self.cache.len();
+        let layers = self.cache.iter_mut().zip(bytes.chunks_exact(each));
+        layers.for_each(|(layer, bytes)| layer.load_block(block, bytes));
+    }
+
     /// Computes a batch. `logits` gets, for each row that wants them and in order, the row's index and its logits.
     pub fn forward(&mut self, batch: &Batch, mut logits: impl FnMut(usize, &[f32])) {
         let Executor {
@@ -263,6 +284,7 @@ impl Executor {
             cache,
             block_tokens,
             scratch: s,
+            ..
         } = self;
         let (rows, hidden, pool) = (batch.rows.len(), config.hidden_size, pool::global());
         if rows == 0 {

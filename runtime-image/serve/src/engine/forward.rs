@@ -14,6 +14,9 @@ pub trait Forward: Send {
 
     /// Bytes of weights that computing one token reads.
     fn weight_bytes(&self) -> usize;
+
+    /// Itself, where its blocks are in memory and can be copied out of the cache and back.
+    fn on_cpu(&mut self) -> Option<&mut Executor>;
 }
 
 impl Forward for Executor {
@@ -30,6 +33,10 @@ impl Forward for Executor {
     fn weight_bytes(&self) -> usize {
         Executor::weight_bytes(self)
     }
+
+    fn on_cpu(&mut self) -> Option<&mut Executor> {
+        Some(self)
+    }
 }
 
 impl Forward for CandleExecutor {
@@ -43,6 +50,10 @@ impl Forward for CandleExecutor {
 
     fn weight_bytes(&self) -> usize {
         CandleExecutor::weight_bytes(self)
+    }
+
+    fn on_cpu(&mut self) -> Option<&mut Executor> {
+        None
     }
 }
 

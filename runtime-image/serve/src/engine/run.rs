@@ -4,20 +4,24 @@ use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use strata_model::Vocabulary;
 use tokio::sync::mpsc;
 
 use super::active::{Active, Sampled};
-use super::executor::{Batch, Row};
+use super::disk::{Disk, Gone};
+use super::executor::{Batch, Executor, Row};
 use super::forward::Forward;
 use super::pace::Pace;
 use super::speculate::Drafter;
 use super::{Command, Event, FinishReason, Usage};
 use crate::error::ServeError;
 use crate::metrics::{Metrics, Timing};
-use crate::schedule::{Limits, NewRequest, RequestId, Scheduler};
+use crate::schedule::{Limits, Load, NewRequest, RequestId, Scheduler, Spill};
+
+/// How long the disk is waited for while nothing can be computed, until it is looked who came or went meanwhile.
+const DISK_WAIT: Duration = Duration::from_millis(5);
 
 /// The answers that are being generated.
 pub(super) type Actives = HashMap<RequestId, Active>;
@@ -74,6 +78,8 @@ pub(super) struct Runner {
     scheduler: Scheduler,
     executor: Box<dyn Forward>,
     speculation: Option<(Drafter, usize)>,
+    /// Where blocks go that the cache has no more room for.
+    pub(super) disk: Option<Disk>,
     vocabulary: Arc<Vocabulary>,
     active: Actives,
     next_id: RequestId,
@@ -107,6 +113,7 @@ impl Runner {
             scheduler: Scheduler::new(limits),
             executor,
             speculation,
+            disk: None,
             vocabulary,
             active: HashMap::new(),
             next_id: 0,
@@ -147,6 +154,11 @@ impl Runner {
                 return;
             }
             self.metrics.scheduler(&self.scheduler);
+            self.metrics.disk(
+                self.disk
+                    .as_ref()
+                    .map_or(0, |disk| disk.bytes(self.scheduler.slots_used())),
+            );
             self.show_adapters();
         }
     }
@@ -198,8 +210,14 @@ impl Runner {
     }
 
     fn step(&mut self) -> Result<(), ServeError> {
-        let step = self.scheduler.schedule();
+        self.take_from_disk(Duration::ZERO);
+        let room = self.disk.as_ref().map_or(0, Disk::room);
+        let step = self.scheduler.schedule(room);
+        self.give_to_disk(step.spills, step.loads);
         if step.work.is_empty() {
+            if self.scheduler.is_loading() {
+                self.take_from_disk(DISK_WAIT);
+            }
             return Ok(());
         }
         for (from, to) in step.copies {
@@ -289,6 +307,51 @@ impl Runner {
             }
         }
         Ok(())
+    }
+
+    /// Copies what the disk has read into the blocks that wait for it.
+    fn take_from_disk(&mut self, wait: Duration) {
+        let Some(disk) = &mut self.disk else { return };
+        let (scheduler, executor, speculation) = (&mut self.scheduler, &mut self.executor, &mut self.speculation);
+        let taken = disk.take(wait, |load, bytes| {
+            if scheduler.loaded(&load, bytes.is_some())
+                && let Some(mut bytes) = bytes
+            {
+                for cache in caches(executor, speculation) {
+                    let (own, rest) = bytes.split_at(cache.block_bytes());
+                    cache.load_block(load.block, own);
+                    bytes = rest;
+                }
+            }
+        });
+        if taken == Err(Gone) {
+            self.lose_disk();
+        }
+    }
+
+    /// Copies blocks out, before anything is written to them, and asks for others.
+    fn give_to_disk(&mut self, spills: Vec<Spill>, loads: Vec<Load>) {
+        let Some(disk) = &mut self.disk else { return };
+        let (executor, speculation) = (&mut self.executor, &mut self.speculation);
+        let written = spills.into_iter().try_for_each(|spill| {
+            disk.write(spill, |mut bytes| {
+                for cache in caches(executor, speculation) {
+                    let (own, rest) = bytes.split_at_mut(cache.block_bytes());
+                    cache.save_block(spill.block, own);
+                    bytes = rest;
+                }
+            })
+        });
+        let given = written.and_then(|()| disk.read(loads, |load| self.scheduler.is_wanted(load)));
+        if given == Err(Gone) {
+            self.lose_disk();
+        }
+    }
+
+    /// What was on the disk is computed from now on.
+    fn lose_disk(&mut self) {
+        self.disk = None;
+        self.scheduler.close_disk();
     }
 
     /// The choices that a request stands for, now that its prompt is computed: each becomes a request of its own.
@@ -412,4 +475,13 @@ impl Runner {
             self.shared.in_flight.fetch_sub(request.width, Ordering::SeqCst);
         }
     }
+}
+
+/// The caches whose blocks belong together: the model's, and that of the one that drafts for it.
+fn caches<'a>(
+    executor: &'a mut Box<dyn Forward>,
+    speculation: &'a mut Option<(Drafter, usize)>,
+) -> impl Iterator<Item = &'a mut Executor> {
+    let drafts = speculation.as_mut().and_then(|(drafter, _)| drafter.on_cpu());
+    executor.on_cpu().into_iter().chain(drafts)
 }

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 
-use super::executor::{Batch, Row};
+use super::executor::{Batch, Executor, Row};
 use super::forward::Forward;
 use super::run::Actives;
 use crate::error::ServeError;
@@ -122,6 +122,14 @@ impl Drafter {
         match self {
             Drafter::Lookup { .. } => Ok(()),
             Drafter::Model(model) => model.executor.copy_block(from, to),
+        }
+    }
+
+    /// What computes the smaller model, as [`Forward::on_cpu`].
+    pub(super) fn on_cpu(&mut self) -> Option<&mut Executor> {
+        match self {
+            Drafter::Lookup { .. } => None,
+            Drafter::Model(model) => model.executor.on_cpu(),
         }
     }
 

@@ -1,6 +1,7 @@
 //! One step: places between clients, then one token for each that produces, chunks of prompts, new requests, drafts.
 
-use super::{ClientId, Order, RequestId, Scheduler, Step, Work};
+use super::blocks::Found;
+use super::{ClientId, Load, Loading, Order, RequestId, Scheduler, Step, Work};
 
 /// A step that is being planned.
 #[derive(Default)]
@@ -11,9 +12,9 @@ struct Plan {
 }
 
 impl Scheduler {
-    /// The next step. Its copies must be made first; then every piece of work must be computed and reported with
-    /// [`Scheduler::computed`] before the next call.
-    pub fn schedule(&mut self) -> Step {
+    /// The next step. Its spills, of which there are at most `room`, and then its copies must be made first; then every piece of
+    /// work must be computed and reported with [`Scheduler::computed`] before the next call.
+    pub fn schedule(&mut self, room: usize) -> Step {
         let mut plan = Plan {
             step: Step::default(),
             budget: self.limits.max_batched_tokens,
@@ -26,7 +27,7 @@ impl Scheduler {
                 let id = self.running[at].id;
                 let request = &self.requests[&id];
                 let missing = request.tokens.len() - request.computed;
-                if (missing == 1) != decode {
+                if request.loading.is_some() || (missing == 1) != decode {
                     at += 1;
                     continue;
                 }
@@ -43,6 +44,7 @@ impl Scheduler {
             self.admit(&mut plan);
         }
         self.allow_drafts(&mut plan);
+        plan.step.spills = self.pool.spill(room);
         plan.step
     }
 
@@ -114,8 +116,17 @@ impl Scheduler {
     }
 
     fn preempt(&mut self, id: RequestId) {
+        self.send_back(id);
+        self.counts.preemptions += 1;
+    }
+
+    /// A request waits again, without blocks.
+    pub(super) fn send_back(&mut self, id: RequestId) {
         let request = self.requests.get_mut(&id).expect("a running request is known");
         self.pool.release_all(&request.table);
+        if let Some(loading) = request.loading.take() {
+            self.pool.let_go(&loading.slots);
+        }
         request.table.clear();
         request.computed = 0;
         request.known = 0;
@@ -125,7 +136,6 @@ impl Scheduler {
         self.places -= request.width;
         self.clients.stopped(request.client, request.width);
         self.clients.wait(request.client, request.priority, request.order);
-        self.counts.preemptions += 1;
     }
 
     fn admit(&mut self, plan: &mut Plan) {
@@ -147,8 +157,17 @@ impl Scheduler {
                 0
             };
             let (hits, content) = self.pool.take_prefix(&request.salt, &request.tokens, size, most_hits);
-            if needs - hits.len() > self.pool.available() {
-                self.pool.release_all(&hits);
+            let known = hits.len();
+            let (mut in_memory, mut on_disk) = (Vec::new(), Vec::new());
+            for hit in &hits {
+                match hit {
+                    Found::Block(block) => in_memory.push(*block),
+                    Found::Slot(slot, _) => on_disk.push(*slot),
+                }
+            }
+            if needs - in_memory.len() > self.pool.available() {
+                self.pool.release_all(&in_memory);
+                self.pool.let_go(&on_disk);
                 return;
             }
             self.clients.withdraw(request.client, order);
@@ -156,25 +175,61 @@ impl Scheduler {
             self.places += request.width;
             let at = self.running.partition_point(|other| *other < order);
             self.running.insert(at, order);
-            request.computed = hits.len() * size;
-            if self.limits.prefix_caching && request.cached.is_none() {
-                self.counts.prefix_queries += request.tokens.len() as u64;
-                self.counts.prefix_hits += request.computed as u64;
-            }
-            request.cached.get_or_insert(request.computed);
-            request.known = hits.len();
-            request.content = content;
-            request.table = hits;
             // All blocks of the prompt now: what is admitted later in this step must not count on them.
-            while request.table.len() < request.tokens.len().div_ceil(size) {
+            for at in 0..request.tokens.len().div_ceil(size) {
+                let hit = hits.get(at).copied();
+                if let Some(Found::Block(block)) = hit {
+                    request.table.push(block);
+                    continue;
+                }
                 let block = self.pool.allocate();
-                request
-                    .table
-                    .push(block.expect("enough blocks are available, as was just asked"));
+                let block = block.expect("enough blocks are available, as was just asked");
+                request.table.push(block);
+                if let Some(Found::Slot(slot, content)) = hit {
+                    plan.step.loads.push(Load {
+                        id,
+                        attempt: self.attempts,
+                        slot,
+                        content,
+                        block,
+                    });
+                }
             }
-            let missing = request.tokens.len() - request.computed;
-            plan.add(id, request.computed, missing.min(plan.budget), missing);
+            if on_disk.is_empty() {
+                self.begin(id, known, 0, content);
+                let request = &self.requests[&id];
+                let missing = request.tokens.len() - request.computed;
+                plan.add(id, request.computed, missing.min(plan.budget), missing);
+                continue;
+            }
+            request.loading = Some(Loading {
+                attempt: self.attempts,
+                left: on_disk.len(),
+                slots: on_disk,
+                known,
+                content,
+            });
+            self.attempts += 1;
         }
+    }
+
+    /// A request has the first `known` blocks of its prompt, `on_disk` of them read from the disk: the rest is to be computed.
+    pub(super) fn begin(&mut self, id: RequestId, known: usize, on_disk: usize, content: u64) {
+        let size = self.limits.block_tokens;
+        let request = self.requests.get_mut(&id).expect("it runs");
+        request.computed = known * size;
+        request.known = known;
+        request.content = content;
+        if self.limits.prefix_caching && request.cached.is_none() {
+            let (tokens, in_memory) = (request.tokens.len(), (known - on_disk) * size);
+            self.counts.prefix_queries += tokens as u64;
+            self.counts.prefix_hits += in_memory as u64;
+            if self.limits.spill_slots > 0 {
+                self.counts.disk_queries += (tokens - in_memory) as u64;
+                self.counts.disk_hits += (on_disk * size) as u64;
+            }
+        }
+        request.cached.get_or_insert(request.computed);
     }
 
     /// Lets those that produce try drafts with what is left: nobody loses a block or waits for a guess.

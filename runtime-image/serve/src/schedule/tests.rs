@@ -1,6 +1,7 @@
+mod disk;
 mod fairness;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 
 use proptest::prelude::*;
 
@@ -14,6 +15,7 @@ fn limits() -> Limits {
         block_tokens: 4,
         blocks: 12,
         prefix_caching: true,
+        spill_slots: 0,
     }
 }
 
@@ -42,6 +44,12 @@ struct Machine {
     finished: Vec<(RequestId, Vec<u32>)>,
     copies: usize,
     accepted: usize,
+    /// What a step may copy to the disk.
+    room: usize,
+    /// What lies there: a content's name, and the place's texts.
+    disk: HashMap<u32, (u64, Vec<Option<Written>>)>,
+    /// What is to be read from it, in this order.
+    reads: VecDeque<Load>,
 }
 
 impl Machine {
@@ -55,6 +63,9 @@ impl Machine {
             finished: Vec::new(),
             copies: 0,
             accepted: 0,
+            room: 100,
+            disk: HashMap::new(),
+            reads: VecDeque::new(),
         }
     }
 
@@ -88,8 +99,20 @@ impl Machine {
 
     /// Computes a step.
     fn step(&mut self) -> Vec<Work> {
-        let Step { copies, work } = self.scheduler.schedule();
+        let Step {
+            spills,
+            loads,
+            copies,
+            work,
+        } = self.scheduler.schedule(self.room);
         self.check();
+        assert!(spills.len() <= self.room);
+        for spill in spills {
+            let content = self.written[spill.block as usize].clone();
+            assert!(content.iter().all(Option::is_some), "a block that is not full");
+            self.disk.insert(spill.slot, (spill.content, content));
+        }
+        self.reads.extend(loads);
         let computed: usize = work.iter().map(|piece| piece.count + piece.drafts).sum();
         assert!(computed <= self.scheduler.limits.max_batched_tokens);
         let size = self.scheduler.limits.block_tokens;
@@ -152,6 +175,23 @@ impl Machine {
         work
     }
 
+    /// The disk has read the next slot, or it is damaged. False if nothing was to be read.
+    fn read(&mut self, is_whole: bool) -> bool {
+        let Some(load) = self.reads.pop_front() else {
+            return false;
+        };
+        let is_wanted = self.scheduler.is_wanted(&load);
+        if self.scheduler.loaded(&load, is_whole) {
+            let (content, texts) = &self.disk[&load.slot];
+            assert_eq!(*content, load.content, "somebody waits for what was overwritten");
+            self.written[load.block as usize] = texts.clone();
+        } else {
+            assert!(!is_whole || !is_wanted);
+        }
+        self.check();
+        true
+    }
+
     /// Appends as many of the drafts as are right, and one token.
     fn sample(&mut self, id: RequestId, drafts: &[u32]) {
         let goal = &self.goals[&id];
@@ -200,12 +240,26 @@ impl Machine {
         assert!(places <= scheduler.limits.max_sequences);
         assert_eq!(holders, scheduler.pool.holders(), "blocks held and tables differ");
         scheduler.clients.check(&scheduler.requests);
+        let loading = scheduler
+            .requests
+            .values()
+            .filter_map(|request| request.loading.as_ref());
+        let slots: usize = loading.map(|loading| loading.slots.len()).sum();
+        assert_eq!(
+            slots,
+            scheduler.pool.readers() as usize,
+            "slots held and requests differ"
+        );
     }
 
     fn run_to_end(&mut self) {
         let mut steps = 0;
         while !self.goals.is_empty() {
-            assert!(!self.step().is_empty(), "nothing runs, but requests are left");
+            let is_read = self.read(true);
+            assert!(
+                !self.step().is_empty() || is_read || self.scheduler.is_loading(),
+                "nothing runs, but requests are left"
+            );
             steps += 1;
             assert!(steps < 10_000, "no end");
         }
@@ -368,6 +422,8 @@ enum Op {
     Add(NewRequest),
     Cancel(usize),
     Step,
+    Read(bool),
+    CloseDisk,
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -383,6 +439,8 @@ fn op() -> impl Strategy<Value = Op> {
         ),
         1 => (0usize..20).prop_map(Op::Cancel),
         6 => Just(Op::Step),
+        4 => (0u8..8).prop_map(|nth| Op::Read(nth > 0)),
+        1 => (0u8..10).prop_map(|nth| if nth == 0 { Op::CloseDisk } else { Op::Step }),
     ]
 }
 
@@ -393,8 +451,11 @@ proptest! {
         ops in prop::collection::vec(op(), 1..120),
         prefix_caching in any::<bool>(),
         max_batched_tokens in 1usize..24,
+        spill_slots in 0usize..16,
+        room in 0usize..6,
     ) {
-        let mut machine = Machine::new(Limits { prefix_caching, max_batched_tokens, ..limits() });
+        let mut machine = Machine::new(Limits { prefix_caching, max_batched_tokens, spill_slots, ..limits() });
+        machine.room = room;
         for (id, op) in ops.into_iter().enumerate() {
             match op {
                 Op::Add(new) => {
@@ -409,10 +470,13 @@ proptest! {
                     }
                 }
                 Op::Step => drop(machine.step()),
+                Op::Read(is_whole) => drop(machine.read(is_whole)),
+                Op::CloseDisk => machine.scheduler.close_disk(),
             }
             machine.check();
         }
         machine.run_to_end();
         prop_assert_eq!(machine.scheduler.pool.available(), 12);
+        prop_assert_eq!(machine.scheduler.pool.readers(), 0);
     }
 }

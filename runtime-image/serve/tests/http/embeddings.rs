@@ -49,6 +49,19 @@ fn vectors(answer: &Value) -> Vec<Vec<f32>> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_encoder_has_no_use_for_a_disk_and_says_so() {
+    let folder = tempfile::tempdir().unwrap();
+    synthetic::write(folder.path()).unwrap();
+    let disk = "--enable-prefix-caching --kv-spill-dir /tmp --kv-spill-bytes 1000000";
+    let server = Running::begin_in(folder, disk).await;
+    let error = server.task.await.unwrap().unwrap_err();
+    assert!(
+        error.is_bad_input() && error.to_string().contains("leave it out"),
+        "{error}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_text_has_one_vector_whatever_form_and_company_it_comes_in() {
     let server = Running::encoder("--max-num-batched-tokens 16").await;
     let ask = async |path: &str, body: Value| {

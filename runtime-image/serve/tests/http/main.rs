@@ -20,6 +20,7 @@ mod peft;
 mod refusals;
 mod responses;
 mod speculation;
+mod spill;
 mod tools;
 
 use std::path::Path;

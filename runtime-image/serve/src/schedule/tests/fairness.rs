@@ -37,7 +37,7 @@ impl Crowd {
     }
 
     fn step(&mut self) {
-        let step = self.scheduler.schedule();
+        let step = self.scheduler.schedule(0);
         assert!(!step.work.is_empty(), "nothing runs");
         for work in step.work {
             self.scheduler.computed(&work);
