@@ -6,9 +6,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{Node, Pod};
+use k8s_openapi::api::resource::v1::{DeviceClass, ResourceClaim, ResourceClaimTemplate, ResourceSlice};
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
-use kube::{Api, ResourceExt as _};
+use kube::{Api, ResourceExt};
 use serde_json::{Value, json};
 use strata_api::{Dataset, Hardware, PretrainJob};
 use strata_e2e::fleet::{Fleet, LABEL};
@@ -83,6 +85,10 @@ async fn remove_nodes(context: &Context) -> Result<()> {
     let api = Api::<Node>::all(context.client.clone());
     let ours = ListParams::default().labels(&format!("{}={}", LABEL.0, LABEL.1));
     api.delete_collection(&DeleteParams::default(), &ours).await?;
+    let slices = Api::<ResourceSlice>::all(context.client.clone());
+    slices.delete_collection(&DeleteParams::default(), &ours).await?;
+    let classes = Api::<DeviceClass>::all(context.client.clone());
+    classes.delete_collection(&DeleteParams::default(), &ours).await?;
     Ok(())
 }
 
@@ -190,7 +196,8 @@ async fn on_fake_nodes(context: &Context) -> Result<()> {
         "a node that comes wakes who waits for it"
     );
 
-    slice(context).await
+    slice(context).await?;
+    claims(context).await
 }
 
 /// Pods of a slice, made from the placement as the operator makes it: four hosts of one pool, none of the half-built one.
@@ -244,5 +251,113 @@ async fn slice(context: &Context) -> Result<()> {
     }
     let whole: BTreeSet<String> = (0..4).map(|host| format!("whole-{host}")).collect();
     ensure!(hosts == whole, "{hosts:?}");
+    Ok(())
+}
+
+/// What a DRA driver would publish of eight GPUs, and the class that comes with it. A node that offers them by claims alone, and the
+/// real scheduler allocates them.
+async fn claims(context: &Context) -> Result<()> {
+    let product = json!({"nvidia.com/gpu.product": "NVIDIA-A100-SXM4-40GB"});
+    add(context, node("dra", product, json!({}), "sku", json!([]))?).await?;
+    let four = "{accelerator: nvidia-a100-40gb, acceleratorsPerNode: 4, allocation: ResourceClaim}";
+    start_image(context, "claimed", four).await?;
+    let said = placed(context, "claimed", "NoNodeFits").await?;
+    ensure!(said.contains("no ResourceSlice offers any"), "{said}");
+
+    let labels = json!({LABEL.0: LABEL.1});
+    let selects = "device.driver == 'gpu.nvidia.com' && device.attributes['gpu.nvidia.com'].type == 'gpu'";
+    let class: DeviceClass = serde_json::from_value(json!({
+        "metadata": {"name": "gpu.nvidia.com", "labels": labels}, "spec": {"selectors": [{"cel": {"expression": selects}}]},
+    }))?;
+    let classes = Api::<DeviceClass>::all(context.client.clone());
+    classes.create(&PostParams::default(), &class).await?;
+    let device = |index| json!({"name": format!("gpu-{index}"), "attributes": {"type": {"string": "gpu"}}});
+    let slice: ResourceSlice = serde_json::from_value(json!({
+        "metadata": {"name": "dra-gpus", "labels": labels},
+        "spec": {
+            "driver": "gpu.nvidia.com", "nodeName": "dra", "pool": {"name": "dra", "generation": 1, "resourceSliceCount": 1},
+            "devices": (0..8).map(device).collect::<Vec<_>>(),
+        },
+    }))?;
+    let slices = Api::<ResourceSlice>::all(context.client.clone());
+    slices.create(&PostParams::default(), &slice).await?;
+    ensure!(
+        node_of(context, "claimed").await? == "dra",
+        "devices that come wake who waits for them"
+    );
+    ensure!(allocated(context, "claimed").await?.len() == 4);
+
+    start_image(context, "many", &four.replace("Node: 4", "Node: 16")).await?;
+    let said = placed(context, "many", "NoNodeFits").await?;
+    ensure!(said.contains("with at most 8 of the 16"), "{said}");
+
+    serve_by_claim(context).await?;
+
+    let jobs = context.api::<PretrainJob>();
+    jobs.delete("claimed", &DeleteParams::default()).await?;
+    let ours = ListParams::default().labels("strata.dev/name=claimed");
+    wait::poll("the claim and its template are gone", DEADLINE, || async {
+        let claims = context.api::<ResourceClaim>().list(&ours).await?.items.len();
+        let templates = context.api::<ResourceClaimTemplate>().list(&ours).await?.items.len();
+        Ok((claims + templates == 0).then_some(()))
+    })
+    .await
+}
+
+/// A PretrainJob of an image, which may compute on several accelerators.
+async fn start_image(context: &Context, name: &str, hardware: &str) -> Result<()> {
+    let more = format!("  engine: {{container: {{image: none, command: [none]}}}}\n  hardware: {hardware}\n  pod:");
+    apply(context, &run::pretrain(name, 2048).replace("  pod:", &more)).await
+}
+
+/// The devices that the claims of `name` were given.
+async fn allocated(context: &Context, name: &str) -> Result<BTreeSet<String>> {
+    let ours = ListParams::default().labels(&format!("strata.dev/name={name}"));
+    let claims = context.api::<ResourceClaim>().list(&ours).await?;
+    let of = |claim: &ResourceClaim| claim.status.clone()?.allocation?.devices?.results;
+    let results: Vec<_> = claims.iter().filter_map(of).flatten().collect();
+    let devices: BTreeSet<String> = results.iter().map(|result| result.device.clone()).collect();
+    ensure!(devices.len() == results.len(), "no device is given twice: {results:?}");
+    Ok(devices)
+}
+
+/// A service whose claim changes: its pods are replaced, and the template of before goes with the last of them.
+async fn serve_by_claim(context: &Context) -> Result<()> {
+    let manifest = |each: u32| {
+        format!(
+            "apiVersion: strata.dev/v1alpha1\nkind: InferenceService\nmetadata: {{name: chat}}\nspec:\n  model: {{uri: 'pvc://artifacts/m'}}\n  \
+             engine: {{container: {{image: none}}}}\n  \
+             hardware: {{accelerator: nvidia-a100-40gb, acceleratorsPerNode: {each}, allocation: ResourceClaim}}\n"
+        )
+    };
+    let ours = ListParams::default().labels("strata.dev/name=chat");
+    let mut before: Option<String> = None;
+    for each in [1, 2] {
+        apply(context, &manifest(each)).await?;
+        wait::poll(
+            &format!("one template is left, and the pod has {each}"),
+            DEADLINE,
+            || async {
+                let templates = context.api::<ResourceClaimTemplate>().list(&ours).await?;
+                let names: Vec<String> = templates.iter().map(ResourceExt::name_any).collect();
+                let pods = context.api::<Pod>().list(&ours).await?;
+                let is_new = names.len() == 1 && names.first() != before.as_ref();
+                let has_all = pods.items.len() == 1 && allocated(context, "chat").await?.len() == each as usize;
+                Ok((is_new && has_all).then(|| names.concat()))
+            },
+        )
+        .await
+        .map(|name| before = Some(name))?;
+        ensure!(node_of(context, "chat").await? == "dra");
+    }
+    let deployment = context.api::<Deployment>().get("chat").await?;
+    // Not its generation: an annotation counts there too.
+    let revision = deployment.annotations().get("deployment.kubernetes.io/revision");
+    ensure!(
+        revision.is_some_and(|revision| revision == "2"),
+        "its pods were made once and replaced once: {revision:?}"
+    );
+    let both = allocated(context, "claimed").await?.len() + allocated(context, "chat").await?.len();
+    ensure!(both == 6, "{both}");
     Ok(())
 }

@@ -221,7 +221,7 @@ pub fn observe(observed: &mut Observed, job: &Job, attempt: Attempt, ended: i64)
 
 /// The Job that a plan starts.
 pub fn started(planned: Planned) -> Job {
-    planned.start.expect("an attempt is started").1
+    planned.start.expect("an attempt is started").job
 }
 
 /// The status of a run at `attempt`, nothing else known.

@@ -15,7 +15,11 @@ use serde::{Deserialize, Serialize};
     validation = Rule::new("!has(self.topology) || !(has(self.migProfile) || has(self.acceleratorsPerNode))")
         .message("topology is that of a whole TPU slice, which says how many chips there are: leave out acceleratorsPerNode and migProfile"),
     validation = Rule::new("!has(self.migProfile) || !has(self.interconnect) || !has(self.interconnect.nvlink)")
-        .message("a MIG partition has no NVLink: leave out interconnect.nvlink, or migProfile")
+        .message("a MIG partition has no NVLink: leave out interconnect.nvlink, or migProfile"),
+    validation = Rule::new("!has(self.allocation) || self.allocation != 'ResourceClaim' || (has(self.accelerator) && self.accelerator != 'cpu')")
+        .message("allocation ResourceClaim claims accelerators: write accelerator, such as nvidia-h100, or leave allocation out"),
+    validation = Rule::new("!has(self.allocation) || self.allocation != 'ResourceClaim' || !has(self.topology)")
+        .message("a TPU slice, which topology names, is not claimed: leave out allocation")
 )]
 pub struct Hardware {
     /// Name of an accelerator in the operator's table, such as nvidia-h100, google-tpu-v5e, or cpu (default cpu).
@@ -48,6 +52,10 @@ pub struct Hardware {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Capacity")]
     pub capacity: Option<Capacity>,
+    /// How pods ask for their accelerators (default DevicePlugin).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Allocation")]
+    pub allocation: Option<Allocation>,
 }
 
 /// What connects accelerators.
@@ -83,4 +91,14 @@ pub enum Capacity {
     Spot,
     /// Spot nodes first, others where there is no room on them.
     Any,
+}
+
+/// How pods ask for their accelerators.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Allocation {
+    /// As a resource of a device plugin, such as nvidia.com/gpu.
+    #[default]
+    DevicePlugin,
+    /// By a ResourceClaim for devices of a DRA driver (resource.k8s.io/v1: Kubernetes 1.34 or later).
+    ResourceClaim,
 }

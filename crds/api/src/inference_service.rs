@@ -180,8 +180,9 @@ pub struct Tls {
 }
 
 /// The cache of keys and values, per pod.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("!has(self.spill) || !has(self.prefixCaching) || self.prefixCaching").message(SPILL_RULE))]
 pub struct KvCache {
     /// Tokens in a block (default 16).
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -197,6 +198,22 @@ pub struct KvCache {
     /// Whether the blocks of a shared prompt prefix are reused (default true).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prefix_caching: Option<bool>,
+    /// A part of the node's disk for prompt prefixes that `memory` has no more room for: they are read back instead of computed
+    /// again (default: none).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spill: Option<KvSpill>,
+}
+
+/// What `spec.kvCache.spill` needs.
+pub const SPILL_RULE: &str =
+    "spill keeps prompt prefixes, which prefixCaching: false gives up: leave out one of the two";
+
+/// A disk behind the cache of keys and values.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct KvSpill {
+    /// The most that it takes, such as 10Gi; between 1Mi and 16Ti.
+    pub size: Quantity,
 }
 
 /// Format of keys and values.

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
 use k8s_openapi::api::core::v1::Node as ApiNode;
+use k8s_openapi::api::resource::v1::ResourceSlice;
 use kube::ResourceExt as _;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -15,7 +16,7 @@ use strata_lint::{INPUT_LIMIT_BYTES, Severity, lint};
 use strata_operator::engine::kind::{Kind, Observed, Ref};
 use strata_operator::inference;
 use strata_operator::placement::preflight::Memory;
-use strata_operator::placement::{Fleet, Node, Table, Wants};
+use strata_operator::placement::{Fleet, Table, Wants};
 
 use crate::input;
 use crate::output::{self, Format};
@@ -29,7 +30,8 @@ pub struct Arguments {
     /// Manifests, or - for standard input. Resources that refer to each other belong in one file.
     #[arg(short = 'f', long = "filename")]
     file: PathBuf,
-    /// What `kubectl get nodes -o yaml` (or json) printed, or -. Without, only the declared pools count.
+    /// What `kubectl get nodes -o yaml` (or json) printed, or -; for `allocation: ResourceClaim`, `kubectl get
+    /// nodes,resourceslices -o yaml`. Without, only the declared pools count.
     #[arg(long, value_name = "FILE")]
     nodes: Option<PathBuf>,
     /// What the operator is given as --accelerators: declared pools, prices, more accelerators (the chart's values
@@ -85,8 +87,10 @@ fn plan(arguments: &Arguments) -> anyhow::Result<Vec<Plan>> {
         Some(file) => Some(nodes(&read(file, NODES_LIMIT_BYTES)?).with_context(|| file.display().to_string())?),
         None => None,
     };
-    let facts = |nodes: Vec<ApiNode>| nodes.iter().map(|node| Arc::new(Node::read(node, &table))).collect();
-    let fleet = Fleet::new(table.clone(), nodes.map(facts));
+    let fleet = match nodes {
+        Some((nodes, slices)) => Fleet::read(table, &nodes, &slices),
+        None => Fleet::new(table, None),
+    };
     let text = read(&arguments.file, INPUT_LIMIT_BYTES as u64)?;
     judge(&text, fleet)
 }
@@ -249,18 +253,22 @@ fn text(plan: &Plan) -> String {
     lines.join("\n") + "\n"
 }
 
-/// A list of Nodes, or one.
-fn nodes(text: &str) -> anyhow::Result<Vec<ApiNode>> {
+/// A list of Nodes and ResourceSlices, or one Node.
+fn nodes(text: &str) -> anyhow::Result<(Vec<ApiNode>, Vec<ResourceSlice>)> {
     let value: serde_json::Value = serde_yaml::from_str(text)?;
     let items = match value["kind"].as_str() {
         Some("List" | "NodeList") => value["items"].as_array().cloned().unwrap_or_default(),
         Some("Node") => vec![value],
         _ => bail!("it holds no list of Nodes: write what `kubectl get nodes -o yaml` prints to it"),
     };
-    items
-        .into_iter()
-        .map(|item| Ok(serde_json::from_value(item)?))
-        .collect()
+    let (mut nodes, mut slices) = (Vec::new(), Vec::new());
+    for item in items {
+        match item["kind"].as_str() {
+            Some("ResourceSlice") => slices.push(serde_json::from_value(item)?),
+            _ => nodes.push(serde_json::from_value(item)?),
+        }
+    }
+    Ok((nodes, slices))
 }
 
 fn read(path: &Path, limit_bytes: u64) -> anyhow::Result<String> {
@@ -312,13 +320,8 @@ items:
 "#;
 
     fn plans(text: &str, nodes_text: &str) -> Vec<Plan> {
-        let table = Table::built_in();
-        let nodes = nodes(nodes_text)
-            .unwrap()
-            .iter()
-            .map(|node| Arc::new(Node::read(node, &table)))
-            .collect();
-        judge(text, Fleet::new(table, Some(nodes))).unwrap()
+        let (nodes, slices) = nodes(nodes_text).unwrap();
+        judge(text, Fleet::read(Table::built_in(), &nodes, &slices)).unwrap()
     }
 
     #[test]
@@ -343,6 +346,40 @@ items:
         );
         assert_eq!((service.fits, service.reason), (false, "NoNodeFits"));
         assert!(service.message.contains("there is nvidia-h100"), "{}", service.message);
+    }
+
+    #[test]
+    fn what_nodes_offer_by_claims_is_in_the_same_file() {
+        let slice = r#"- apiVersion: resource.k8s.io/v1
+  kind: ResourceSlice
+  metadata: {name: a-gpus}
+  spec:
+    driver: gpu.nvidia.com
+    nodeName: a
+    pool: {name: a, generation: 1, resourceSliceCount: 1}
+    devices:
+    - {name: gpu-0, attributes: {type: {string: gpu}}}
+"#;
+        let claims = MANIFESTS.replace(
+            "{accelerator: nvidia-h100}",
+            "{accelerator: nvidia-h100, allocation: ResourceClaim}",
+        );
+        let without = plans(&claims, NODES);
+        assert!(
+            without[1].message.contains("no ResourceSlice offers any"),
+            "{}",
+            without[1].message
+        );
+        let with = plans(
+            &claims,
+            &format!("{}{slice}", NODES.replace(", nvidia.com/gpu: \"8\"", "")),
+        );
+        assert_eq!((with[1].fits, with[1].reason), (true, "Fits"), "{}", with[1].message);
+        assert!(
+            with[1].message.contains("1 nvidia-h100 by claim"),
+            "{}",
+            with[1].message
+        );
     }
 
     #[test]

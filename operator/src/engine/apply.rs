@@ -1,6 +1,6 @@
 //! From what is wanted to what the server answered: deletions first, then new objects, then what is kept in shape.
 //!
-//! Jobs and their ConfigMaps are created once and never changed, but for `suspend`. Deployment, Service and
+//! Jobs, their ConfigMaps and claim templates are created once and never changed, but for `suspend`. Deployment, Service and
 //! PodDisruptionBudget are applied whole, by one field manager, and only if they differ.
 
 use std::fmt::Debug;
@@ -8,6 +8,7 @@ use std::fmt::Debug;
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ConfigMap, Service};
+use k8s_openapi::api::resource::v1::ResourceClaimTemplate;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions, PropagationPolicy};
 use kube::{Api, Client, Resource, ResourceExt};
@@ -66,13 +67,16 @@ async fn apply_run(client: &Client, owner: &Owner<'_>, planned: &Planned, applie
     for (job, suspend) in &planned.suspend {
         applied.jobs.push(set_suspend(client, owner, job, *suspend).await?);
     }
-    if let Some((config_map, job)) = &planned.start {
-        if let Some(names) = &planned.names {
+    if let Some(attempt) = &planned.start {
+        if let Some(names) = &attempt.names {
             let there = api::<Service>(client, owner).get_opt(&names.name_any()).await?;
             apply_whole(client, owner, names.clone(), there.as_ref()).await?;
         }
-        create_config_map(client, owner, config_map).await?;
-        applied.jobs.push(create_job(client, owner, job).await?);
+        create_fixed(client, owner, &attempt.config_map).await?;
+        if let Some(claims) = &attempt.claims {
+            create_claims(client, owner, claims).await?;
+        }
+        applied.jobs.push(create_job(client, owner, &attempt.job).await?);
     }
     Ok(())
 }
@@ -84,6 +88,19 @@ async fn apply_serving(
     observed: &Observed,
     applied: &mut Applied,
 ) -> Result<(), Error> {
+    // Before the Deployment that no longer says that they are there.
+    for name in &planned.old_claims {
+        delete_fixed::<ResourceClaimTemplate>(client, owner, name).await?;
+    }
+    if let Some(claims) = &planned.claims {
+        // One that is there is as it is wanted: its name is its content's.
+        let there = api::<ResourceClaimTemplate>(client, owner)
+            .get_opt(&claims.name_any())
+            .await?;
+        if there.is_none_or(|there| !is_kept(&there, owner)) {
+            create_claims(client, owner, claims).await?;
+        }
+    }
     if let Some(deployment) = planned.deployment {
         applied.deployment = Some(apply_whole(client, owner, deployment, observed.deployment.as_ref()).await?);
     }
@@ -140,14 +157,11 @@ fn create_params() -> PostParams {
     }
 }
 
-/// The ConfigMap goes first: after a crash in between, the Job is still there to name it.
+/// The Job goes last: after a crash in between, it is still there to name the others.
 async fn delete_attempt(client: &Client, owner: &Owner<'_>, job: &JobRef) -> Result<(), Error> {
-    let config_maps: Api<ConfigMap> = api(client, owner);
-    if let Some(config_map) = config_maps.get_opt(&job.name).await?
-        && is_owned_by(&config_map, owner.uid)
-    {
-        let params = delete_params(config_map.uid(), PropagationPolicy::Background);
-        gone(config_maps.delete(&job.name, &params).await.map(drop))?;
+    delete_fixed::<ConfigMap>(client, owner, &job.name).await?;
+    if job.claims {
+        delete_fixed::<ResourceClaimTemplate>(client, owner, &job.name).await?;
     }
     let propagation = match job.running {
         true => PropagationPolicy::Foreground,
@@ -209,22 +223,56 @@ async fn set_suspend(client: &Client, owner: &Owner<'_>, job: &JobRef, suspend: 
     Ok(job)
 }
 
-async fn create_config_map(client: &Client, owner: &Owner<'_>, wanted: &ConfigMap) -> Result<(), Error> {
-    let config_maps: Api<ConfigMap> = api(client, owner);
-    let Some(mut there) = create(&config_maps, wanted).await? else {
+/// Deletes what is of that name, if it is ours.
+async fn delete_fixed<K>(client: &Client, owner: &Owner<'_>, name: &str) -> Result<(), Error>
+where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + DeserializeOwned + Debug,
+{
+    let objects: Api<K> = api(client, owner);
+    if let Some(there) = objects.get_opt(name).await?
+        && is_owned_by(&there, owner.uid)
+    {
+        let params = delete_params(there.uid(), PropagationPolicy::Background);
+        gone(objects.delete(name, &params).await.map(drop))?;
+    }
+    Ok(())
+}
+
+/// Whether an object is ours and stays.
+fn is_kept<K: Resource>(there: &K, owner: &Owner<'_>) -> bool {
+    is_owned_by(there, owner.uid) && there.meta().deletion_timestamp.is_none()
+}
+
+/// [`create_fixed`], where the cluster may not know such objects.
+async fn create_claims(client: &Client, owner: &Owner<'_>, wanted: &ResourceClaimTemplate) -> Result<(), Error> {
+    match create_fixed(client, owner, wanted).await {
+        Err(Error::Kube(kube::Error::Api(status))) if status.code == 404 => {
+            let message = "the cluster serves no resource.k8s.io/v1: write spec.hardware.allocation: DevicePlugin";
+            Err(Error::Refused(Reason::Refused, message.into()))
+        }
+        result => result,
+    }
+}
+
+/// Creates what can never change.
+async fn create_fixed<K>(client: &Client, owner: &Owner<'_>, wanted: &K) -> Result<(), Error>
+where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + DeserializeOwned + Serialize + Debug,
+{
+    let objects: Api<K> = api(client, owner);
+    let Some(there) = create(&objects, wanted).await? else {
         return Ok(());
     };
-    let name = wanted.name_any();
-    if !is_owned_by(&there, owner.uid) || there.metadata.deletion_timestamp.is_some() {
+    if !is_kept(&there, owner) {
         return Err(taken(wanted, &there));
     }
-    if there.data == wanted.data {
+    let value = |object: &K| serde_json::to_value(object).unwrap_or(Value::Null);
+    if same::holds(&value(wanted), Some(&value(&there))) {
         return Ok(());
     }
-    // Left by a crash before its Job came, and outdated since. It is immutable, so it is made anew.
-    let params = delete_params(there.metadata.uid.take(), PropagationPolicy::Background);
-    gone(config_maps.delete(&name, &params).await.map(drop))?;
-    match create(&config_maps, wanted).await? {
+    // Left by a crash before what needs it came, and outdated since.
+    delete_fixed::<K>(client, owner, &wanted.name_any()).await?;
+    match create(&objects, wanted).await? {
         None => Ok(()),
         Some(there) => Err(taken(wanted, &there)),
     }
@@ -239,8 +287,7 @@ async fn create_job(client: &Client, owner: &Owner<'_>, wanted: &Job) -> Result<
         }
         false => make(&api::<Job>(client, owner), wanted).await?,
     };
-    let is_ours = is_owned_by(&there, owner.uid) && there.metadata.deletion_timestamp.is_none();
-    if !is_new && !is_ours {
+    if !is_new && !is_kept(&there, owner) {
         return Err(taken(wanted, &there));
     }
     if is_new {
@@ -279,8 +326,7 @@ async fn prune<K>(client: &Client, owner: &Owner<'_>, there: Option<&K>) -> Resu
 where
     K: Cached + Resource<Scope = NamespaceResourceScope> + Clone + Debug,
 {
-    let ours = |there: &&K| is_owned_by(*there, owner.uid) && there.meta().deletion_timestamp.is_none();
-    let Some(there) = there.filter(ours) else {
+    let Some(there) = there.filter(|there| is_kept(*there, owner)) else {
         return Ok(());
     };
     tracing::info!(kind = %K::kind(&()), name = there.name_any(), "pruning");
@@ -307,7 +353,7 @@ where
         None => objects.get_opt(&name).await?,
     };
     if let Some(there) = there.or(unlabelled.as_ref()) {
-        if !is_owned_by(there, owner.uid) || there.meta().deletion_timestamp.is_some() {
+        if !is_kept(there, owner) {
             return Err(taken(&wanted, there));
         }
         let value = |object: &K| serde_json::to_value(object).unwrap_or(Value::Null);

@@ -10,8 +10,9 @@ use std::time::Duration;
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::batch::v1::Job;
-use k8s_openapi::api::core::v1::{ConfigMap, Pod, Service};
+use k8s_openapi::api::core::v1::{Pod, Service};
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use k8s_openapi::api::resource::v1::ResourceClaimTemplate;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
 use kube::Resource;
@@ -26,6 +27,7 @@ use crate::autoscale::policy::Decision;
 use crate::autoscale::scrape::{Questions, Scaling};
 use crate::placement::preflight::ModelShape;
 use crate::placement::{Fleet, Misfit};
+use crate::workload::job::Attempt;
 
 /// The four kinds, in the order of a model's life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -164,23 +166,25 @@ pub struct QueueSays {
 /// What the server did not take, by what it was for; each with its reason and a sentence.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Refused {
-    /// For the run: Jobs and their ConfigMaps.
+    /// For the run: the objects of its attempts.
     pub run: Option<(Reason, String)>,
-    /// For serving: Deployment, Service and PodDisruptionBudget.
+    /// For serving: Deployment, claim templates, Service and PodDisruptionBudget.
     pub serving: Option<(Reason, String)>,
 }
 
 /// What is wanted of the server. Absent means: leave it as it is.
 #[derive(Debug, Default, PartialEq)]
 pub struct Planned {
-    /// Jobs to delete with their ConfigMaps.
+    /// Jobs to delete with their ConfigMaps and claim templates.
     pub delete: Vec<JobRef>,
     /// Jobs to suspend or to resume.
     pub suspend: Vec<(JobRef, bool)>,
     /// The next attempt.
-    pub start: Option<(ConfigMap, Job)>,
-    /// Names for the nodes of the next attempt; made before it.
-    pub names: Option<Service>,
+    pub start: Option<Attempt>,
+    /// What the serving pods claim; made before them.
+    pub claims: Option<ResourceClaimTemplate>,
+    /// Names of claim templates that no serving pod needs any more.
+    pub old_claims: Vec<String>,
     /// The serving pods.
     pub deployment: Option<Deployment>,
     /// The address of the serving pods.
@@ -204,12 +208,14 @@ pub enum Wanted<T> {
 /// One Job, named so that no other is hit.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct JobRef {
-    /// Its name, which is also its ConfigMap's.
+    /// Its name, which is also its ConfigMap's and its claim template's.
     pub name: String,
     /// Its UID.
     pub uid: String,
     /// Whether its pods may still run: then its deletion waits for them.
     pub running: bool,
+    /// Whether it has a claim template of its name.
+    pub claims: bool,
     /// Whether it is a JobSet.
     pub is_jobset: bool,
 }

@@ -1,6 +1,7 @@
 //! The engine against an API server in memory: a crash after every write leads to the same end.
 
 mod caches;
+mod claims;
 pub mod server;
 mod watches;
 

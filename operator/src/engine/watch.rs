@@ -3,6 +3,7 @@
 //! ```text
 //! the four kinds ──▶ the resource itself, and those that refer to it (index)
 //! Jobs, Pods, Deployments, Services, PodDisruptionBudgets with label strata.dev/kind ──▶ the resource of their labels
+//! Nodes, ResourceSlices ──▶ whoever waits for nodes ([`super::nodes`])
 //! ```
 //!
 //! A list is read from the server in pages and consistently, never "any version": a write that was answered before the
@@ -231,18 +232,16 @@ pub fn start(context: &Arc<Context>, watches: &Watches, stop: &watch::Receiver<b
     started.children::<apps::Deployment>(context, watches);
     started.children::<core::Service>(context, watches);
     started.children::<policy::PodDisruptionBudget>(context, watches);
-    match watches.namespace {
-        None => drop(
-            started.watches.spawn(
-                context
-                    .fleet
-                    .clone()
-                    .watch(watches.client.clone(), watches.wake.clone()),
-            ),
-        ),
-        // Nodes belong to the cluster: an operator of one namespace may not read them.
-        Some(_) => context.fleet.unknown(),
+    let fleet = || (context.fleet.clone(), watches.client.clone(), watches.wake.clone());
+    // Nodes and their devices belong to the cluster: an operator of one namespace may not read them.
+    let may_read = watches.namespace.is_none();
+    let (nodes, client, wake) = fleet();
+    match may_read {
+        true => drop(started.watches.spawn(nodes.watch(client, wake))),
+        false => nodes.unknown(),
     }
+    let (nodes, client, wake) = fleet();
+    started.watches.spawn(nodes.watch_devices(client, wake, may_read));
     started
 }
 

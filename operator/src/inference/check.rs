@@ -1,6 +1,8 @@
 //! From an InferenceService's spec to the preparing run and the settings of the serving pods.
 
-use strata_api::{Common, Hardware, InferenceService, KvCacheDtype, PodOverrides, Reason, SecretKey};
+use std::ops::RangeInclusive;
+
+use strata_api::{Common, Hardware, InferenceService, KvCacheDtype, PodOverrides, Reason, SPILL_RULE, SecretKey};
 use strata_contract::{Input, QuantizationFormat, QuantizeConfig, Stage};
 
 use super::beside::{self, Beside};
@@ -20,6 +22,10 @@ use crate::workload::service::Scheme;
 const DEFAULT_KV_CACHE_BYTES: u64 = 256 << 20;
 /// Smallest memory of that cache, in bytes.
 const MIN_KV_CACHE_BYTES: u64 = 1 << 20;
+/// Smallest and largest disk behind that cache, in bytes.
+const SPILL_BYTES: RangeInclusive<u64> = 1 << 20..=16 << 40;
+/// Memory that it costs, in MiB: what is on its way to it and back, and what is known of its content.
+const SPILL_MIB: u64 = 128;
 /// Time that running answers get where the spec does not say, in seconds: another default would restart all pods that serve.
 const DRAIN_SECONDS: i64 = 25;
 /// And where pods go by themselves, at any time.
@@ -105,6 +111,8 @@ pub struct Serving {
     pub kv_cache_dtype: KvCacheDtype,
     /// Whether blocks of a shared prefix are reused.
     pub prefix_caching: bool,
+    /// Size of the disk behind the cache in bytes, if there is one.
+    pub spill_bytes: Option<u64>,
     /// Time that running answers get before a pod ends, in seconds.
     pub drain_seconds: i64,
     /// Longest sequence; absent: the model's own.
@@ -135,7 +143,12 @@ impl Serving {
 
     /// What a serving pod asks for, given the size of the served file.
     pub fn sizes(&self, artifact_bytes: u64) -> Sizes {
-        sizes(self.kv_cache_bytes, artifact_bytes, self.beside.bytes(artifact_bytes))
+        let spill = self.spill_bytes.map_or(0, |_| SPILL_MIB << 20);
+        sizes(
+            self.kv_cache_bytes,
+            artifact_bytes,
+            self.beside.bytes(artifact_bytes) + spill,
+        )
     }
 }
 
@@ -252,6 +265,22 @@ fn cache_bytes(service: &InferenceService) -> Result<u64, String> {
     }
 }
 
+/// Size of the disk behind that cache.
+fn spill_bytes(service: &InferenceService) -> Result<Option<u64>, String> {
+    let cache = service.spec.kv_cache.clone().unwrap_or_default();
+    let Some(spill) = cache.spill else { return Ok(None) };
+    if cache.prefix_caching == Some(false) {
+        return Err(format!("spec.kvCache: {SPILL_RULE}"));
+    }
+    match quantity::bytes(&spill.size.0).filter(|bytes| SPILL_BYTES.contains(bytes)) {
+        Some(bytes) => Ok(Some(bytes)),
+        None => Err(format!(
+            "spec.kvCache.spill.size must be a size between 1Mi and 16Ti, such as 10Gi; got {}",
+            spill.size.0
+        )),
+    }
+}
+
 fn serving(service: &InferenceService, observed: &Observed, env: &Env) -> Result<Serving, String> {
     let cache = service.spec.kv_cache.clone().unwrap_or_default();
     // Before anything is rolled out: what is refused leaves the pods that serve as they are.
@@ -281,6 +310,7 @@ fn serving(service: &InferenceService, observed: &Observed, env: &Env) -> Result
         kv_cache_bytes: cache_bytes(service)?,
         kv_cache_dtype: cache.dtype.unwrap_or_default(),
         prefix_caching: cache.prefix_caching.unwrap_or(true),
+        spill_bytes: spill_bytes(service)?,
         drain_seconds: drain_seconds(service)?,
         max_sequence_tokens: bound("spec.maxSequenceTokens", service.spec.max_sequence_tokens)?,
         max_concurrent_requests: bound("spec.maxConcurrentRequests", service.spec.max_concurrent_requests)?,

@@ -64,8 +64,7 @@ pub fn standing(
         return standing(Reason::CrashLooping, message);
     }
     let status = deployment.status.clone().unwrap_or_default();
-    let is_seen =
-        deployment.metadata.generation.is_some() && status.observed_generation >= deployment.metadata.generation;
+    let is_seen = is_seen(deployment);
     let is_current = |pod: &&&Pod| is_ready(pod) && digest(pod).map(String::as_str) == Some(model);
     let current = pods.iter().filter(is_current).count();
     // While only their number changes, those that answer are enough.
@@ -98,6 +97,19 @@ pub fn standing(
         false => Reason::RollingOut,
     };
     standing(reason, format!("{current} of {wanted} pods answer with {model}{why}"))
+}
+
+/// Whether what the Deployment's status says is about its present spec.
+fn is_seen(deployment: &Deployment) -> bool {
+    let status = deployment.status.as_ref();
+    let observed = status.and_then(|status| status.observed_generation);
+    deployment.metadata.generation.is_some() && observed >= deployment.metadata.generation
+}
+
+/// Whether no pod of a template of before is left.
+pub fn rolled_out(deployment: &Deployment) -> bool {
+    let status = deployment.status.clone().unwrap_or_default();
+    is_seen(deployment) && status.updated_replicas.unwrap_or(0) == status.replicas.unwrap_or(0)
 }
 
 /// Whether the current version of the Deployment has been complete before.

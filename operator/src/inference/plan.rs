@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{PodTemplateSpec, Volume, VolumeMount};
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
@@ -13,9 +14,10 @@ use strata_api::{InferenceService, KvCacheDtype, RunStatus};
 use strata_contract::{SERVE_PORT, Uri};
 
 use super::check::Serving;
-use super::phase::{is_ready, serving_pods};
+use super::phase::{is_ready, rolled_out, serving_pods};
 use super::{Checked, container};
 use crate::engine::kind::{Observed, Planned, Refusal, ResourceKind, Wanted};
+use crate::placement::device::Claim;
 use crate::placement::schedule::avoided;
 use crate::placement::{Family, Placement, Preflight};
 use crate::run;
@@ -23,7 +25,7 @@ use crate::run::phase::{Ledger, Phase, phase};
 use crate::workload::deployment::Probes;
 use crate::workload::pod::{PodParts, template};
 use crate::workload::volume::Claims;
-use crate::workload::{budget, deployment, labels, service, volume};
+use crate::workload::{budget, claim, deployment, labels, service, volume};
 
 /// Time that the server in the pod goes on as before after it is asked to stop, in seconds: the default of its
 /// `--shutdown-delay`. It is not handed in: pods keep their image, and an older one may not know it.
@@ -37,6 +39,12 @@ const KEYS_FILE: &str = "keys";
 const TLS_DIR: &str = "/etc/strata/tls";
 const CERTIFICATE_FILE: &str = "tls.crt";
 const PRIVATE_KEY_FILE: &str = "tls.key";
+/// Where the disk behind the cache is mounted.
+const SPILL_DIR: &str = "/var/cache/strata/kv";
+/// What its volume may hold beyond what the server puts there, in MiB: a pod whose volume holds more is evicted, and where the
+/// kubelet asks the file system's quota, that counts what it keeps about a file, too. Where it adds up what it finds in the folder
+/// instead, it finds nothing, as the file has no name: then the server's own bound alone holds, and what the pod requests.
+const SPILL_SPARE_MIB: u64 = 64;
 
 /// What is wanted of the server.
 pub fn plan(
@@ -89,7 +97,7 @@ pub fn plan(
             (planned, served.and_then(pods))
         }
     };
-    let Some(template) = template else { return planned };
+    let Some(mut template) = template else { return planned };
     let owner = run::check::owner(resource);
     let metadata = ObjectMeta {
         name: Some(name.clone()),
@@ -112,6 +120,21 @@ pub fn plan(
         run::check::queue(&resource.spec.common),
     ) {
         labels.insert(labels::QUEUE.into(), queue.to_owned());
+    }
+    if let Some(wanted) = claimed(serving) {
+        let metadata = ObjectMeta {
+            name: Some(claim::name(&name, wanted)),
+            ..metadata.clone()
+        };
+        let claims = claim::build(metadata, &owner, wanted);
+        claim::bind(&mut template, &claims.name_any());
+        planned.claims = Some(claims);
+    }
+    let (needed, old) = claim_templates(&template, observed.deployment.as_ref());
+    planned.old_claims = old;
+    if !needed.is_empty() {
+        let annotations = metadata_of_deployment.annotations.get_or_insert_default();
+        annotations.insert(labels::CLAIMS.into(), needed.join(","));
     }
     planned.deployment = Some(deployment::build(
         metadata_of_deployment,
@@ -139,6 +162,32 @@ fn most(resource: &InferenceService, serving: &Serving) -> i32 {
     match (&serving.scaled, &resource.spec.autoscale) {
         (Some(_), Some(autoscale)) => autoscale.max_replicas,
         _ => serving.replicas,
+    }
+}
+
+/// What each serving pod claims.
+fn claimed(serving: &Serving) -> Option<&Claim> {
+    match &serving.placement {
+        Some(Ok((Preflight { placement, .. }, _))) => placement.claim.as_ref(),
+        _ => None,
+    }
+}
+
+/// Names of the claim templates that pods of `template` and of what is `there` may need, and of those that none needs any more:
+/// only when no pod of before is left, since until then one that is lost is made again as it was. An old ReplicaSet without pods
+/// needs none: nothing but this operator brings one back.
+fn claim_templates(template: &PodTemplateSpec, there: Option<&Deployment>) -> (Vec<String>, Vec<String>) {
+    let wanted = claim::of(template).map(str::to_owned);
+    let names = there.and_then(|there| there.metadata.annotations.as_ref()?.get(labels::CLAIMS));
+    let names = names.iter().flat_map(|names| names.split(',')).map(str::to_owned);
+    let before: Vec<String> = names.filter(|name| Some(name) != wanted.as_ref()).collect();
+    let serves_wanted = there.is_some_and(|there| {
+        let template = there.spec.as_ref().map(|spec| &spec.template);
+        template.and_then(claim::of) == wanted.as_deref() && rolled_out(there)
+    });
+    match serves_wanted {
+        true => (wanted.into_iter().collect(), before),
+        false => (wanted.into_iter().chain(before).collect(), Vec::new()),
     }
 }
 
@@ -257,7 +306,7 @@ fn pods(name: &str, serving: &Serving, placement: Option<&Placement>, served: &S
     serving.beside.read().for_each(|input| claims.read(&input.uri));
     let mut labels = labels::common(ResourceKind::InferenceService, name, labels::SERVE);
     labels.insert(labels::RUN.into(), served.run_id.clone());
-    template(PodParts {
+    let mut template = template(PodParts {
         labels,
         annotations: BTreeMap::from([(labels::DIGEST.to_owned(), served.digest.clone())]),
         image: served.image.clone(),
@@ -265,13 +314,32 @@ fn pods(name: &str, serving: &Serving, placement: Option<&Placement>, served: &S
         env: Vec::new(),
         port: ("http", SERVE_PORT),
         claims: &claims,
-        volumes: secrets(serving),
+        volumes: secrets(serving).into_iter().chain(spill(serving)).collect(),
         sizes: serving.sizes(served.bytes),
         grace_seconds: SHUTDOWN_DELAY_SECONDS + serving.drain_seconds + SHUTDOWN_SPARE_SECONDS,
         restart_policy: None,
         placement,
         overrides: &serving.pod,
-    })
+    });
+    // Else the pod comes to a node without room for it, and is among the first that go when the node's disk is full.
+    if let (Some(bytes), None) = (serving.spill_bytes, &serving.pod.resources) {
+        let containers = template.spec.iter_mut().flat_map(|spec| &mut spec.containers);
+        for resources in containers.filter_map(|container| container.resources.as_mut()) {
+            let requests = resources.requests.get_or_insert_default();
+            requests.insert("ephemeral-storage".into(), mib(bytes.div_ceil(1 << 20)));
+        }
+    }
+    template
+}
+
+fn mib(count: u64) -> Quantity {
+    Quantity(format!("{count}Mi"))
+}
+
+/// The disk behind the cache.
+fn spill(serving: &Serving) -> Option<(Volume, VolumeMount)> {
+    let size = mib(serving.spill_bytes?.div_ceil(1 << 20) + SPILL_SPARE_MIB);
+    Some(volume::empty("kv-spill", SPILL_DIR, size))
 }
 
 /// The Secrets that the server reads, mounted: the operator itself reads none.
@@ -326,7 +394,14 @@ fn command(name: &str, serving: &Serving, served: &Served) -> Vec<String> {
     ];
     let tls = files.map(|(option, file)| (option, format!("{TLS_DIR}/{file}")));
     let tls = tls.into_iter().filter(|_| serving.tls_secret.is_some());
-    for (option, value) in options.into_iter().chain(bounds).chain(keys).chain(tls) {
+    let spill = serving.spill_bytes.map(|bytes| {
+        [
+            ("--kv-spill-dir", SPILL_DIR.to_owned()),
+            ("--kv-spill-bytes", bytes.to_string()),
+        ]
+    });
+    let spill = spill.into_iter().flatten();
+    for (option, value) in options.into_iter().chain(bounds).chain(keys).chain(tls).chain(spill) {
         command.extend([option.to_owned(), value]);
     }
     command.extend(serving.beside.arguments());

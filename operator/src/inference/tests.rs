@@ -351,12 +351,66 @@ fn a_drain_takes_one_pod_at_a_time_and_never_waits_for_a_lone_one_or_a_second_bu
 
 #[test]
 fn a_cache_that_is_no_size_is_refused() {
-    match inference("s", json!({"kvCache": {"memory": "10"}})).check(&around('a'), &env()) {
-        Err(Refusal::Spec(Reason::SpecInvalid, message)) => {
-            assert!(message.contains("spec.kvCache.memory"), "{message}")
+    for (cache, words) in [
+        (json!({"memory": "10"}), "spec.kvCache.memory"),
+        (
+            json!({"spill": {"size": "10"}}),
+            "spec.kvCache.spill.size must be a size between 1Mi and 16Ti",
+        ),
+        (json!({"spill": {"size": "17Ti"}}), "got 17Ti"),
+        (
+            json!({"spill": {"size": "1Gi"}, "prefixCaching": false}),
+            "leave out one of the two",
+        ),
+    ] {
+        match inference("s", json!({"kvCache": cache})).check(&around('a'), &env()) {
+            Err(Refusal::Spec(Reason::SpecInvalid, message)) => assert!(message.contains(words), "{message}"),
+            other => panic!("{other:?}"),
         }
-        other => panic!("{other:?}"),
     }
+}
+
+#[test]
+fn a_cache_that_spills_has_a_folder_of_the_nodes_disk_that_is_asked_for_and_a_little_larger_than_its_file() {
+    let own = json!({"resources": {"requests": {"cpu": "1"}}});
+    for (size, bytes, limit, asked, pod) in [
+        ("10Gi", 10u64 << 30, "10304Mi", json!("10240Mi"), json!({})),
+        ("1.5Gi", 3 << 29, "1600Mi", json!("1536Mi"), json!({})),
+        ("1000001k", 1_000_001_000, "1018Mi", json!("954Mi"), json!({})),
+        // Whoever says what the pods ask for says all of it.
+        ("10Gi", 10 << 30, "10304Mi", Value::Null, own),
+    ] {
+        let (_, observed) = serving(json!({"kvCache": {"spill": {"size": size}}, "pod": pod}));
+        let pod = part(&observed.deployment.expect("served"), "/spec/template/spec");
+        let named = |list: &Value| {
+            let mut list = list.as_array().expect("a list").iter();
+            list.find(|one| one["name"] == "kv-spill").expect("it is there").clone()
+        };
+        assert_eq!(named(&pod["volumes"])["emptyDir"], json!({"sizeLimit": limit}));
+        let container = &pod["containers"][0];
+        let folder = named(&container["volumeMounts"])["mountPath"].clone();
+        let command = container["command"].to_string();
+        let options = format!("\"--kv-spill-dir\",{folder},\"--kv-spill-bytes\",\"{bytes}\"");
+        assert!(
+            command.contains(&options) && command.contains("--enable-prefix-caching"),
+            "{command}"
+        );
+        assert_eq!(container["resources"]["requests"]["ephemeral-storage"], asked, "{size}");
+    }
+    // What is on its way to the disk and back takes memory; without a disk nothing of it is there.
+    let memory = |change: Value| {
+        let deployment = serving(change).1.deployment.expect("served");
+        let text = serde_json::to_string(&deployment).expect("it serializes");
+        let request = part(
+            &deployment,
+            "/spec/template/spec/containers/0/resources/requests/memory",
+        );
+        let request = request.as_str().and_then(|text| text.strip_suffix("Mi"));
+        (request.and_then(|mib| mib.parse::<u32>().ok()).expect("MiB"), text)
+    };
+    let (plain, text) = memory(json!({}));
+    assert!(!text.contains("spill") && !text.contains("ephemeral-storage"), "{text}");
+    assert_eq!(memory(json!({"kvCache": {"spill": {"size": "1Gi"}}})).0, plain + 128);
 }
 
 fn pod(c: char, status: Value) -> Pod {

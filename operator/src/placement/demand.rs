@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::Toleration;
-use strata_api::{Capacity, Hardware, Need, PodOverrides};
+use strata_api::{Allocation, Capacity, Hardware, Need, PodOverrides};
 
 use super::engine::Engine;
 use crate::workload::pod::Sizes;
@@ -28,6 +28,8 @@ pub struct Demand {
     pub infiniband: Option<Need>,
     /// Whether nodes are used that the cloud may take back.
     pub capacity: Capacity,
+    /// How it asks for its accelerators.
+    pub allocation: Allocation,
     /// What computes.
     pub engine: Engine,
     /// Processor time of each pod in thousandths of a core.
@@ -102,6 +104,7 @@ impl Demand {
             nvlink: interconnect.nvlink,
             infiniband: interconnect.infiniband,
             capacity: hardware.capacity.unwrap_or_default(),
+            allocation: hardware.allocation.unwrap_or_default(),
             engine,
             cpu_millis: requested("cpu").map_or(f64::from(sizes.cpu_millis), |cores| cores * 1000.0),
             memory_bytes: requested("memory").unwrap_or(f64::from(sizes.memory_mib) * 1_048_576.0),

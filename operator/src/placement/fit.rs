@@ -8,8 +8,9 @@ mod words;
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 
-use strata_api::{Capacity, Need, Reason};
+use strata_api::{Allocation, Capacity, Need, Reason};
 
+use super::device::{self, Claim, DeviceKind};
 use super::node::{Node, mig_resource};
 use super::schedule::{self, tolerates};
 use super::table::{Accelerator, Family, Table};
@@ -55,11 +56,19 @@ pub struct Shape<'a> {
     demand: &'a Demand,
     table: &'a Table,
     row: &'a Accelerator,
-    /// What a pod asks for.
-    resource: Option<String>,
+    /// What a pod asks for; absent for the CPU.
+    asks: Option<Asks>,
     /// How many of it; absent: all chips of the node, as it is a slice's.
     per_node: Option<u32>,
     nodes: Option<u32>,
+}
+
+/// What a pod asks for.
+enum Asks {
+    /// A resource of a device plugin.
+    Resource(String),
+    /// Devices, by claim.
+    Devices(DeviceKind),
 }
 
 /// Where `demand` goes; `engines` are those that the resource could name instead.
@@ -73,6 +82,11 @@ pub fn place(demand: &Demand, fleet: &Fleet, engines: &[Engine]) -> Result<Place
         .engine
         .supports(shape.row.family, per_node, nodes, engines)
         .map_err(|message| misfit(Reason::EngineUnsupported, message))?;
+    if matches!(shape.asks, Some(Asks::Devices(_))) && !fleet.serves_claims {
+        let message = "the cluster serves no resource.k8s.io/v1, by which accelerators are claimed: write allocation: DevicePlugin, \
+                       or upgrade it to Kubernetes 1.34 or later";
+        return Err(misfit(Reason::NoNodeFits, message.into()));
+    }
     memory(&shape, fleet, per_node, nodes)?;
 
     let there = || fleet.there().map(|node| (node, 1));
@@ -122,7 +136,7 @@ fn shape<'a>(demand: &'a Demand, fleet: &'a Fleet) -> Result<Shape<'a>, Misfit> 
         demand,
         table,
         row,
-        resource: row.resource.clone(),
+        asks: None,
         per_node: demand.per_node.or(Some(1)),
         nodes: Some(demand.nodes.unwrap_or(1)),
     };
@@ -137,16 +151,37 @@ fn shape<'a>(demand: &'a Demand, fleet: &'a Fleet) -> Result<Shape<'a>, Misfit> 
         (Family::Cpu, None) => shape.per_node = Some(0),
         _ => {}
     }
-    if let Some(profile) = &demand.mig_profile {
-        if row.family != Family::Cuda {
-            return Err(invalid(format!(
-                "migProfile: {} has no MIG partitions: leave it out",
-                row.name
-            )));
-        }
-        shape.resource = Some(mig_resource(profile));
+    if demand.mig_profile.is_some() && row.family != Family::Cuda {
+        return Err(invalid(format!(
+            "migProfile: {} has no MIG partitions: leave it out",
+            row.name
+        )));
     }
+    shape.asks = asks(demand, row).map_err(invalid)?;
     Ok(shape)
+}
+
+/// What a pod asks for. Or why it cannot, as what follows `spec.hardware.`.
+fn asks(demand: &Demand, row: &Accelerator) -> Result<Option<Asks>, String> {
+    if demand.allocation == Allocation::DevicePlugin {
+        let resource = demand.mig_profile.as_deref().map(mig_resource);
+        return Ok(resource.or(row.resource.clone()).map(Asks::Resource));
+    }
+    if row.family == Family::Cpu || demand.topology.is_some() {
+        return Err(format!(
+            "allocation: {} is not claimed: leave out allocation, or name another accelerator",
+            row.name
+        ));
+    }
+    let kind = demand.mig_profile.as_deref().map(DeviceKind::mig);
+    let kind = kind.or(row.device.clone()).ok_or_else(|| {
+        format!(
+            "allocation: no DeviceClass of {} is known: write DevicePlugin, or add its `device: {{class: …, driver: …}}` in the \
+             chart's value accelerators",
+            row.name
+        )
+    })?;
+    Ok(Some(Asks::Devices(kind)))
 }
 
 impl Shape<'_> {
@@ -194,11 +229,11 @@ impl Shape<'_> {
     }
 
     fn offered(&self, node: &Node) -> u32 {
-        let resource = self.resource.as_ref();
-        resource
-            .and_then(|resource| node.resources.get(resource))
-            .copied()
-            .unwrap_or(0)
+        match &self.asks {
+            None => 0,
+            Some(Asks::Resource(resource)) => node.resources.get(resource).copied().unwrap_or(0),
+            Some(Asks::Devices(kind)) => device::count(&node.devices, kind),
+        }
     }
 }
 
@@ -361,14 +396,17 @@ fn placement(shape: &Shape<'_>, fleet: &Fleet, choice: Option<&Choice<'_>>, seat
     let demand = shape.demand;
     let (per_node, nodes) = choice.map_or_else(|| shape.guess(), |choice| (choice.per_node, choice.nodes));
     let node = choice.map(|choice| choice.node);
-    let mut resources = BTreeMap::new();
-    resources.extend(
-        shape
-            .resource
-            .clone()
-            .filter(|_| per_node > 0)
-            .map(|resource| (resource, per_node)),
-    );
+    let (mut resources, mut claim) = (BTreeMap::new(), None);
+    match shape.asks.as_ref().filter(|_| per_node > 0) {
+        None => {}
+        Some(Asks::Resource(resource)) => drop(resources.insert(resource.clone(), per_node)),
+        Some(Asks::Devices(kind)) => {
+            claim = Some(Claim {
+                kind: kind.clone(),
+                count: per_node,
+            });
+        }
+    }
     let rdma = node.and_then(|node| rdma(shape, node, &fleet.table));
     let by_label = rdma.is_none();
     resources.extend(rdma);
@@ -388,6 +426,7 @@ fn placement(shape: &Shape<'_>, fleet: &Fleet, choice: Option<&Choice<'_>>, seat
         affinity: schedule::affinity(demand, shape.row, &fleet.table, by_label),
         avoid: avoid(shape, fleet),
         resources,
+        claim,
         has_nvlink: node.is_some_and(|node| node.has_nvlink) && demand.mig_profile.is_none(),
         accelerator_bytes: accelerator_bytes(demand, shape.row),
         share: part(demand),

@@ -3,7 +3,8 @@
 //! ```text
 //! spec.hardware ──Demand::read──▶ Demand ─┐
 //! Nodes ──Node::read──▶ Fleet ────────────┼─▶ fit::place ──▶ Placement ──schedule──▶ the pod's affinity, tolerations,
-//! accelerators.yaml, the chart ──▶ Table ─┘        │                                 resources
+//! ResourceSlices ──device::by_node──▶ ───┤        │                                 resources or claim
+//! accelerators.yaml, the chart ──▶ Table ─┘        │
 //!                                                  └─▶ Misfit: why not, and what would
 //! ```
 //!
@@ -11,6 +12,7 @@
 //! and what it says is quoted by the condition Succeeded or Available.
 
 pub mod demand;
+pub mod device;
 pub mod engine;
 pub mod fit;
 pub mod node;
@@ -23,14 +25,16 @@ mod tests;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use k8s_openapi::api::core::v1::{Affinity, Toleration};
-use strata_api::{ConditionType, Hardware, PodOverrides, Reason};
+use k8s_openapi::api::core::v1::{Affinity, Node as ApiNode, Toleration};
+use k8s_openapi::api::resource::v1::ResourceSlice;
+use strata_api::{Allocation, ConditionType, Hardware, PodOverrides, Reason};
 
 pub use demand::Demand;
 pub use engine::Engine;
 pub use node::Node;
 pub use table::{Accelerator, Family, Table};
 
+use self::device::{Claim, Slice};
 use self::preflight::{Estimate, Work};
 use crate::engine::kind::{Env, Observed};
 use crate::run::Runs;
@@ -46,6 +50,8 @@ pub struct Fleet {
     pub nodes: Option<Vec<Arc<Node>>>,
     /// A node of each declared pool, with how many it may have.
     pub declared: Vec<(Node, u32)>,
+    /// Whether the cluster serves the API of claims, as far as is known.
+    pub serves_claims: bool,
 }
 
 impl Default for Fleet {
@@ -62,7 +68,25 @@ impl Fleet {
             .iter()
             .map(|pool| (Node::declared(pool, &table), pool.max_nodes))
             .collect();
-        Self { table, nodes, declared }
+        Self {
+            table,
+            nodes,
+            declared,
+            serves_claims: true,
+        }
+    }
+
+    /// The pools that `table` declares, and the API's `nodes` with what `slices` say of their devices.
+    pub fn read(table: Arc<Table>, nodes: &[ApiNode], slices: &[ResourceSlice]) -> Self {
+        let slices: Vec<Slice> = slices.iter().map(|slice| Slice::read(slice, &table)).collect();
+        let mut devices = device::by_node(slices.iter());
+        let facts = nodes.iter().map(|node| {
+            let node = Node::read(node, &table);
+            let devices = devices.remove(&node.name).unwrap_or_default();
+            Arc::new(Node { devices, ..node })
+        });
+        let facts = facts.collect();
+        Self::new(table, Some(facts))
     }
 
     /// The nodes that are there, as far as is known.
@@ -97,6 +121,8 @@ pub struct Placement {
     pub avoid: Vec<String>,
     /// What each pod asks for besides processor and memory.
     pub resources: BTreeMap<String, u32>,
+    /// What each pod claims.
+    pub claim: Option<Claim>,
     /// Whether the accelerators of a node are joined by NVLink.
     pub has_nvlink: bool,
     /// Memory of one accelerator, or of the part of it that is taken.
@@ -129,6 +155,7 @@ impl Placement {
     pub fn finding(&self) -> Finding {
         let what = match self.per_node {
             0 => self.accelerator.clone(),
+            each if self.claim.is_some() => format!("{each} {} by claim", self.accelerator),
             each => format!("{each} {}", self.accelerator),
         };
         let where_ = match &self.pool {
@@ -232,14 +259,29 @@ impl Wants {
     pub fn preflight(&self, fleet: &Fleet) -> Result<Preflight, Misfit> {
         let hardware = self.hardware.clone().unwrap_or_default();
         let mut demand = Demand::read(&hardware, &self.pod, self.sizes, self.engine).map_err(Misfit::invalid)?;
-        let family = fleet
-            .table
-            .get(&demand.accelerator)
-            .map_or(Family::Cpu, |row| row.family);
+        let row = fleet.table.get(&demand.accelerator);
+        if let Some(resource) = row.and_then(|row| self.asked_twice(demand.allocation, row)) {
+            return Err(Misfit::invalid(format!(
+                "spec.pod.resources asks for {resource}, and spec.hardware.allocation claims accelerators: leave one of them out"
+            )));
+        }
+        let family = row.map_or(Family::Cpu, |row| row.family);
         demand.accelerator_bytes = Some(self.work.least_bytes(self.engine, family));
         let placement = fit::place(&demand, fleet, engine::OFFERED)?;
         let estimate = preflight::estimate(&self.work, self.engine, &placement, &fleet.table);
         Ok(Preflight { placement, estimate })
+    }
+
+    /// The resource of accelerators that the user asks for beside a claim: no node has both.
+    fn asked_twice(&self, allocation: Allocation, row: &Accelerator) -> Option<&String> {
+        let vendor = row.resource.as_ref()?.split_inclusive('/').next()?;
+        let asked = self
+            .pod
+            .resources
+            .as_ref()
+            .filter(|_| allocation == Allocation::ResourceClaim)?;
+        let lists = [&asked.requests, &asked.limits].into_iter().flatten();
+        lists.flat_map(BTreeMap::keys).find(|name| name.starts_with(vendor))
     }
 }
 

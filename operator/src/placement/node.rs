@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::{Node as ApiNode, Taint};
+use strata_api::Allocation;
 
+use super::device::{self, DeviceKind, Devices};
 use super::table::{DeclaredPool, Family, Mark, Table};
 use crate::workload::quantity;
 
@@ -24,6 +26,8 @@ pub struct Node {
     pub memory_bytes: f64,
     /// Extended resources that pods can have.
     pub resources: BTreeMap<String, u32>,
+    /// Devices that pods can claim.
+    pub devices: Devices,
     /// Shape of the TPU slice that it is part of.
     pub topology: Option<String>,
     /// Whether the cloud may take it back.
@@ -45,7 +49,7 @@ pub struct Node {
 }
 
 impl Node {
-    /// Reads the API's Node.
+    /// Reads the API's Node. What it offers by claims is not in it: see [`device::by_node`].
     pub fn read(node: &ApiNode, table: &Table) -> Self {
         let labels = node.metadata.labels.clone().unwrap_or_default();
         let name = node.metadata.name.clone().unwrap_or_default();
@@ -99,6 +103,7 @@ impl Node {
                 .any(|key| resources.get(key).is_some_and(|count| *count > 0))
                 || by_size.unwrap_or_else(|| is_marked(&table.infiniband.label)),
             resources,
+            devices: Devices::new(),
             sick: sick.collect(),
             is_cordoned: spec.unschedulable.unwrap_or(false),
             taints: spec.taints.unwrap_or_default(),
@@ -111,11 +116,22 @@ impl Node {
     /// A node of a declared pool.
     pub fn declared(pool: &DeclaredPool, table: &Table) -> Self {
         let accelerator = pool.accelerator.clone().unwrap_or_else(|| "cpu".into());
-        let resource = table.get(&accelerator).and_then(|row| row.resource.clone());
-        let whole = resource
-            .filter(|_| pool.accelerators_per_node > 0)
-            .map(|resource| (resource, pool.accelerators_per_node));
-        let parts = pool.mig.iter().map(|(profile, count)| (mig_resource(profile), *count));
+        let row = table.get(&accelerator).filter(|_| pool.accelerators_per_node > 0);
+        let count = pool.accelerators_per_node;
+        let (mut resources, mut devices) = (BTreeMap::new(), Devices::new());
+        match pool.allocation {
+            Allocation::DevicePlugin => {
+                let whole = row.and_then(|row| row.resource.clone());
+                resources.extend(whole.map(|resource| (resource, count)));
+                resources.extend(pool.mig.iter().map(|(profile, count)| (mig_resource(profile), *count)));
+            }
+            Allocation::ResourceClaim => {
+                let whole = row.and_then(|row| row.device.as_ref());
+                devices.extend(whole.map(|kind| device::declared(kind, count)));
+                let parts = pool.mig.iter();
+                devices.extend(parts.map(|(profile, count)| device::declared(&DeviceKind::mig(profile), *count)));
+            }
+        }
         Self {
             name: pool.name.clone(),
             hostname: String::new(),
@@ -124,7 +140,8 @@ impl Node {
             accelerator,
             cpu_millis: quantity::parse(&pool.cpu).unwrap_or(0.0) * 1000.0,
             memory_bytes: quantity::parse(&pool.memory).unwrap_or(0.0),
-            resources: whole.into_iter().chain(parts).collect(),
+            resources,
+            devices,
             topology: pool.topology.clone(),
             is_spot: pool.spot,
             has_nvlink: pool.nvlink,

@@ -388,6 +388,7 @@ mod tests {
             affinity: None,
             avoid: Vec::new(),
             resources: Default::default(),
+            claim: None,
         }
     }
 

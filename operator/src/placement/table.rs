@@ -9,6 +9,9 @@ use std::sync::{Arc, LazyLock};
 use k8s_openapi::api::core::v1::Taint;
 use serde::Deserialize;
 use serde_json::Value;
+use strata_api::Allocation;
+
+use super::device::DeviceKind;
 
 /// What ships with the operator.
 const BUILT_IN: &str = include_str!("accelerators.yaml");
@@ -99,6 +102,9 @@ pub struct Accelerator {
     /// What a pod asks for; absent for the CPU.
     #[serde(default)]
     pub resource: Option<String>,
+    /// What it asks for by claim; absent: it cannot.
+    #[serde(default)]
+    pub device: Option<DeviceKind>,
     /// Labels of nodes that have it; any one is enough.
     #[serde(default)]
     pub marks: Vec<Mark>,
@@ -182,6 +188,9 @@ pub struct DeclaredPool {
     /// Accelerators of a node; 0 for the CPU.
     #[serde(default)]
     pub accelerators_per_node: u32,
+    /// How pods ask for its accelerators.
+    #[serde(default)]
+    pub allocation: Allocation,
     /// MIG partitions of a node, by profile.
     #[serde(default)]
     pub mig: BTreeMap<String, u32>,
@@ -320,6 +329,13 @@ impl Table {
                     pool.name
                 ));
             }
+            if pool.allocation == Allocation::ResourceClaim && row.device.is_none() {
+                return Err(format!(
+                    "pool {}: {name} has no device, so it cannot be claimed: leave out allocation, or add device to its row of \
+                     accelerators",
+                    pool.name
+                ));
+            }
             for (field, text) in [("cpu", &pool.cpu), ("memory", &pool.memory)] {
                 if crate::workload::quantity::parse(text).is_none_or(|value| value <= 0.0) {
                     return Err(format!(
@@ -386,6 +402,10 @@ mod tests {
             (
                 "pools: [{name: p, acceleratorsPerNode: 2, maxNodes: 1, cpu: '1', memory: 1Gi}]",
                 "does not go with",
+            ),
+            (
+                "pools: [{name: p, allocation: ResourceClaim, maxNodes: 1, cpu: '1', memory: 1Gi}]",
+                "cannot be claimed",
             ),
         ] {
             let error = Table::read(text).expect_err(text).to_string();

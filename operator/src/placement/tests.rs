@@ -1,15 +1,18 @@
 //! What fits where, as a table; and what must hold for any fleet.
 
+mod claims;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::Node as ApiNode;
+use k8s_openapi::api::resource::v1::ResourceSlice;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use strata_api::{Hardware, PodOverrides, Reason};
 
 use super::schedule::tolerates;
-use super::{Demand, Engine, Family, Fleet, Node, Placement, Seat, Table, engine, fit};
+use super::{Demand, Engine, Family, Fleet, Node, Placement, Seat, Table, device, engine, fit};
 use crate::engine::kind::{Kind, Observed, Refusal, ResourceKind};
 use crate::fixtures::{Attempt, NOW, at, env, inference, observe, pretrain, published, started, to};
 use crate::workload::pod::Sizes;
@@ -71,9 +74,34 @@ fn tpu(name: &str, pool: &str, topology: &str, chips: &str) -> ApiNode {
 }
 
 fn fleet_with(nodes: Vec<ApiNode>, more: &str) -> Fleet {
-    let table = Arc::new(Table::read(more).expect("a table"));
-    let nodes = nodes.iter().map(|node| Arc::new(Node::read(node, &table))).collect();
-    Fleet::new(table, Some(nodes))
+    fleet_of(nodes, &[], more)
+}
+
+fn fleet_of(nodes: Vec<ApiNode>, slices: &[ResourceSlice], more: &str) -> Fleet {
+    Fleet::read(Arc::new(Table::read(more).expect("a table")), &nodes, slices)
+}
+
+/// What a DRA driver says of a node: so many devices with these attributes.
+fn slice(node: &str, driver: &str, count: u32, attributes: Value) -> ResourceSlice {
+    let attributes: BTreeMap<&String, Value> = attributes
+        .as_object()
+        .expect("a map")
+        .iter()
+        .map(|(name, value)| (name, json!({"string": value})))
+        .collect();
+    let devices: Vec<Value> = (0..count)
+        .map(|index| json!({"name": format!("d{index}"), "attributes": attributes}))
+        .collect();
+    serde_json::from_value(json!({"metadata": {"name": format!("{node}-{driver}")}, "spec": {
+        "driver": driver, "nodeName": node, "pool": {"name": node, "generation": 1, "resourceSliceCount": 1}, "devices": devices,
+    }}))
+    .expect("a slice")
+}
+
+/// A node whose GPUs are offered by claims.
+fn claimed(name: &str, pool: &str, count: u32) -> (ApiNode, ResourceSlice) {
+    let node = h100(name, pool, json!({"status": {"allocatable": {"nvidia.com/gpu": null}}}));
+    (node, slice(name, "gpu.nvidia.com", count, json!({"type": "gpu"})))
 }
 
 fn demand(hardware: Value, engine: Engine) -> Demand {
@@ -529,9 +557,12 @@ fn nodes_that_come_fall_ill_and_get_well_restart_no_serving_pod() {
     );
 }
 
+/// A node with what it offers by claims.
+type Machine = (ApiNode, Option<ResourceSlice>);
+
 /// Few kinds of nodes, so that they meet.
-fn any_node() -> impl Strategy<Value = ApiNode> {
-    (0_u32..1000, 0_u32..6, 0_u32..3, any::<bool>(), any::<bool>()).prop_map(
+fn any_node() -> impl Strategy<Value = Machine> {
+    (0_u32..1000, 0_u32..8, 0_u32..3, any::<bool>(), any::<bool>()).prop_map(
         |(number, kind, pool, is_sick, is_small)| {
             let name = format!("n{number}");
             let cpu = if is_small { "1" } else { "90" };
@@ -542,18 +573,36 @@ fn any_node() -> impl Strategy<Value = ApiNode> {
             let gpus = ["1", "4", "8"][pool as usize];
             let more =
                 json!({"status": {"allocatable": {"cpu": cpu, "nvidia.com/gpu": gpus}, "conditions": conditions}});
-            match kind {
+            let devices = [1, 4, 8][pool as usize];
+            let by_claim = match kind {
+                6 => Some(slice(&name, "gpu.nvidia.com", devices, json!({"type": "gpu"}))),
+                7 => Some(slice(
+                    &name,
+                    "gpu.nvidia.com",
+                    7,
+                    json!({"type": "mig", "profile": "1g.10gb"}),
+                )),
+                _ => None,
+            };
+            let node = match kind {
                 0 | 1 => h100(&name, &format!("h{pool}"), more),
                 2 => spot(&name),
                 3 => tpu(&name, &format!("t{pool}"), "2x4", "4"),
                 4 => tpu(&name, &format!("u{pool}"), "4x4", "4"),
-                _ => node(
+                5 => node(
                     &name,
                     json!({"kubernetes.azure.com/agentpool": "c"}),
                     json!({"cpu": cpu}),
                     json!({}),
                 ),
-            }
+                _ => {
+                    let mut more = more;
+                    more["status"]["allocatable"]["nvidia.com/gpu"] = Value::Null;
+                    // In pools with nodes of the device plugin: they do not make up for each other.
+                    h100(&name, &format!("h{pool}"), more)
+                }
+            };
+            (node, by_claim)
         },
     )
 }
@@ -561,12 +610,17 @@ fn any_node() -> impl Strategy<Value = ApiNode> {
 fn any_hardware() -> impl Strategy<Value = Value> {
     let needs = || prop_oneof![Just(Value::Null), Just(json!("Required")), Just(json!("Preferred"))];
     let capacity = || prop_oneof![Just("OnDemand"), Just("Spot"), Just("Any")];
+    let allocation = || prop_oneof![Just("DevicePlugin"), Just("ResourceClaim")];
+    let asks = (1_u32..9, 1_u32..4, needs(), needs(), capacity(), allocation());
     prop_oneof![
-        (1_u32..9, 1_u32..4, needs(), needs(), capacity()).prop_map(|(each, nodes, nvlink, infiniband, capacity)| {
+        asks.prop_map(|(each, nodes, nvlink, infiniband, capacity, allocation)| {
             let mut interconnect = json!({});
             crate::fixtures::merge(&mut interconnect, json!({"nvlink": nvlink, "infiniband": infiniband}));
             json!({"accelerator": "nvidia-h100", "acceleratorsPerNode": each, "nodeCount": nodes,
-                "interconnect": interconnect, "capacity": capacity})
+                "interconnect": interconnect, "capacity": capacity, "allocation": allocation})
+        }),
+        (1_u32..9).prop_map(|each| {
+            json!({"accelerator": "nvidia-h100", "acceleratorsPerNode": each, "migProfile": "1g.10gb", "allocation": "ResourceClaim"})
         }),
         prop_oneof![Just("2x4"), Just("4x4"), Just("2x2")]
             .prop_map(|topology| json!({"accelerator": "google-tpu-v5e", "topology": topology})),
@@ -575,12 +629,18 @@ fn any_hardware() -> impl Strategy<Value = Value> {
     ]
 }
 
-fn unique(nodes: Vec<ApiNode>) -> Vec<ApiNode> {
+fn unique(nodes: Vec<Machine>) -> Vec<Machine> {
     let by_name: BTreeMap<_, _> = nodes
         .into_iter()
-        .map(|node| (node.metadata.name.clone(), node))
+        .map(|machine| (machine.0.metadata.name.clone(), machine))
         .collect();
     by_name.into_values().collect()
+}
+
+fn fleet(machines: Vec<Machine>) -> Fleet {
+    let (nodes, slices): (Vec<_>, Vec<_>) = machines.into_iter().unzip();
+    let slices: Vec<ResourceSlice> = slices.into_iter().flatten().collect();
+    fleet_of(nodes, &slices, "")
 }
 
 proptest! {
@@ -589,14 +649,17 @@ proptest! {
     fn no_node_is_over_committed_and_no_slice_is_split(
         nodes in prop::collection::vec(any_node(), 0..12), hardware in any_hardware(),
     ) {
-        let fleet = fleet_with(unique(nodes), "");
+        let fleet = fleet(unique(nodes));
         let demand = demand(hardware, Engine::Container);
         if let Ok(placement) = fit::place(&demand, &fleet, engine::OFFERED) {
             let fitting: Vec<&Node> = fit::candidates(&demand, &fleet)
                 .into_iter()
                 .filter(|node| node.pool_name() == placement.pool.as_deref())
                 .filter(|node| placement.resources.iter().all(|(name, count)| node.resources.get(name).is_some_and(|has| has >= count)))
+                .filter(|node| placement.claim.as_ref().is_none_or(|claim| device::count(&node.devices, &claim.kind) >= claim.count))
                 .collect();
+            let asks = placement.resources.contains_key("nvidia.com/gpu");
+            prop_assert!(placement.family != Family::Cuda || asks != placement.claim.is_some(), "one of both ways");
             let room = |node: &&Node| match placement.family {
                 Family::Cpu => (node.cpu_millis / demand.cpu_millis).min(node.memory_bytes / demand.memory_bytes) as usize,
                 _ => 1,
@@ -627,7 +690,7 @@ proptest! {
         turned.rotate_left(turn.min(nodes.len()));
         turned.reverse();
         let demand = demand(hardware, Engine::Container);
-        let answer = |nodes: Vec<ApiNode>| fit::place(&demand, &fleet_with(nodes, ""), engine::OFFERED);
+        let answer = |nodes: Vec<Machine>| fit::place(&demand, &fleet(nodes), engine::OFFERED);
         prop_assert_eq!(answer(nodes), answer(turned));
     }
 
@@ -637,11 +700,11 @@ proptest! {
     ) {
         let demand = demand(hardware, Engine::Container);
         let nodes = unique(nodes);
-        let is_new = nodes.iter().all(|node| node.metadata.name != more.metadata.name);
-        let before = fit::place(&demand, &fleet_with(nodes.clone(), ""), engine::OFFERED);
+        let is_new = nodes.iter().all(|(node, _)| node.metadata.name != more.0.metadata.name);
+        let before = fit::place(&demand, &fleet(nodes.clone()), engine::OFFERED);
         if before.is_ok() && is_new {
-            let after: Vec<ApiNode> = nodes.into_iter().chain([more]).collect();
-            prop_assert!(fit::place(&demand, &fleet_with(after, ""), engine::OFFERED).is_ok());
+            let after: Vec<Machine> = nodes.into_iter().chain([more]).collect();
+            prop_assert!(fit::place(&demand, &fleet(after), engine::OFFERED).is_ok());
         }
     }
 }

@@ -1,7 +1,6 @@
 //! From a run's phase to what is wanted of the server.
 
 use k8s_openapi::api::batch::v1::Job;
-use k8s_openapi::api::core::v1::{ConfigMap, Service};
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
 use strata_api::RunStatus;
@@ -10,7 +9,7 @@ use strata_contract::{CONTRACT_VERSION, Run, StageConfig};
 use super::phase::{Ledger, Phase, phase};
 use super::{Order, Runs, attempt, label};
 use crate::engine::kind::{JobRef, Observed, Planned, Refusal, Status};
-use crate::workload::{job, jobset, labels};
+use crate::workload::{claim, job, jobset, labels};
 
 /// Finished Jobs that are kept of the current run, and of earlier runs while the current one has not published.
 const KEPT_JOBS: usize = 3;
@@ -51,16 +50,14 @@ pub fn plan<T: Runs>(resource: &T, checked: Result<&Order, &Refusal>, observed: 
             planned.delete.extend(job.and_then(job_ref));
         }
         Phase::Start { attempt, image } => {
-            let (config_map, job, names) = start(order, attempt, &image, observed.has_jobset);
-            planned.start = Some((config_map, job));
-            planned.names = names;
+            planned.start = Some(start(order, attempt, &image, observed.has_jobset));
         }
     }
     planned
 }
 
 /// The objects of an attempt.
-fn start(order: &Order, attempt: i32, image: &str, has_jobset: bool) -> (ConfigMap, Job, Option<Service>) {
+fn start(order: &Order, attempt: i32, image: &str, has_jobset: bool) -> job::Attempt {
     let config = StageConfig {
         contract_version: CONTRACT_VERSION,
         run: Run {
@@ -160,6 +157,10 @@ fn job_ref(job: &Job) -> Option<JobRef> {
         name: job.metadata.name.clone()?,
         uid: job.metadata.uid.clone()?,
         running: !attempt::finished(job),
+        claims: job
+            .spec
+            .as_ref()
+            .is_some_and(|spec| claim::of(&spec.template).is_some()),
         is_jobset: jobset::is_jobset(job),
     })
 }

@@ -6,6 +6,7 @@ use k8s_openapi::api::batch::v1::{Job, JobSpec};
 use k8s_openapi::api::core::v1::{
     ConfigMap, ConfigMapVolumeSource, EnvVar, EnvVarSource, ObjectFieldSelector, Service, Volume, VolumeMount,
 };
+use k8s_openapi::api::resource::v1::ResourceClaimTemplate;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
 use strata_api::PodOverrides;
 use strata_contract::{
@@ -16,7 +17,7 @@ use strata_contract::{
 use super::container::{self, add_shim, variable};
 use super::pod::{PodParts, Sizes, template};
 use super::volume::Claims;
-use super::{jobset, labels, service};
+use super::{claim, jobset, labels, service};
 use crate::engine::kind::ResourceKind;
 use crate::placement::Placement;
 
@@ -67,7 +68,20 @@ pub struct JobParts<'a> {
     pub overrides: &'a PodOverrides,
 }
 
-/// Name of an attempt's Job and ConfigMap.
+/// The objects of an attempt, in the order in which they are made.
+#[derive(Debug, PartialEq)]
+pub struct Attempt {
+    /// Names for its nodes, where it needs them and no JobSet makes them.
+    pub names: Option<Service>,
+    /// What its stage is to do.
+    pub config_map: ConfigMap,
+    /// What its pods claim.
+    pub claims: Option<ResourceClaimTemplate>,
+    /// Its pods.
+    pub job: Job,
+}
+
+/// Name of an attempt's Job, ConfigMap and claim template.
 pub fn name(resource: &str, run_id: &str, attempt: u32, nodes: u32) -> String {
     let rest = format!("-{}-{attempt}", run_id.get(..8).unwrap_or(run_id));
     match nodes > 1 && resource.len() + rest.len() > MAX_GANG_NAME {
@@ -86,8 +100,8 @@ fn names_of_nodes(resource: &str, command: &str) -> String {
     format!("{resource}-{command}-nodes")
 }
 
-/// The attempt's ConfigMap and Job, and the Service by which its nodes find each other, where one is needed.
-pub fn build(parts: &JobParts<'_>) -> (ConfigMap, Job, Option<Service>) {
+/// The attempt's objects.
+pub fn build(parts: &JobParts<'_>) -> Attempt {
     let run = &parts.config.run;
     let command = parts.config.stage.command();
     let mut labels = labels::common(parts.kind, &run.resource.name, command);
@@ -161,6 +175,13 @@ pub fn build(parts: &JobParts<'_>) -> (ConfigMap, Job, Option<Service>) {
         add_shim(&mut template, image);
         container::adapt(&mut template, &container.needs, parts.overrides.resources.is_some());
     }
+    let claims = parts
+        .placement
+        .and_then(|placement| placement.claim.as_ref())
+        .map(|wanted| {
+            claim::bind(&mut template, &name);
+            claim::build(metadata.clone(), parts.owner, wanted)
+        });
     let needs_names = count > 1 && !in_jobset;
     if let (true, Some(spec)) = (needs_names, template.spec.as_mut()) {
         spec.subdomain = Some(service_name.clone());
@@ -204,7 +225,12 @@ pub fn build(parts: &JobParts<'_>) -> (ConfigMap, Job, Option<Service>) {
         };
         service::of_nodes(metadata, parts.owner, selector)
     });
-    (config_map, job, names)
+    Attempt {
+        names,
+        config_map,
+        claims,
+        job,
+    }
 }
 
 /// What a container finds in its environment. Its own variables come last, and never hide Strata's: their names differ.

@@ -30,6 +30,8 @@ pub const QUEUE: &str = "kueue.x-k8s.io/queue-name";
 pub const SUSPENDED: &str = "strata.dev/suspended";
 /// Annotation on a pod: name of the accelerator that it was made for; absent: none was asked for.
 pub const ACCELERATOR: &str = "strata.dev/accelerator";
+/// Annotation on a Deployment: names of the claim templates that its pods may need, those of a rollout's both sides.
+pub const CLAIMS: &str = "strata.dev/claims";
 /// Prefix of the keys that are Strata's.
 pub const GROUP_PREFIX: &str = "strata.dev/";
 

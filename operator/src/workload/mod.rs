@@ -1,6 +1,7 @@
 //! Builders of Kubernetes objects, shared by the kinds: pure, from checked values to whole objects.
 
 pub mod budget;
+pub mod claim;
 pub mod container;
 pub mod deployment;
 pub mod job;

@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::{
-    KeyToPath, PersistentVolumeClaimVolumeSource, SecretVolumeSource, Volume, VolumeMount,
+    EmptyDirVolumeSource, KeyToPath, PersistentVolumeClaimVolumeSource, SecretVolumeSource, Volume, VolumeMount,
 };
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use strata_contract::{Uri, VOLUMES_DIR};
 
 /// A Secret's keys as files in a folder. Who reads them sees changes, as the whole folder is mounted.
@@ -29,6 +30,24 @@ pub fn secret(name: &str, secret: &str, folder: &str, items: Vec<(String, &str)>
         name: name.to_owned(),
         mount_path: folder.to_owned(),
         read_only: Some(true),
+        ..VolumeMount::default()
+    };
+    (volume, mount)
+}
+
+/// An empty folder on the node's disk, which goes with the pod. One that holds more than `size` ends the pod.
+pub fn empty(name: &str, folder: &str, size: Quantity) -> (Volume, VolumeMount) {
+    let volume = Volume {
+        name: name.to_owned(),
+        empty_dir: Some(EmptyDirVolumeSource {
+            size_limit: Some(size),
+            ..EmptyDirVolumeSource::default()
+        }),
+        ..Volume::default()
+    };
+    let mount = VolumeMount {
+        name: name.to_owned(),
+        mount_path: folder.to_owned(),
         ..VolumeMount::default()
     };
     (volume, mount)

@@ -111,7 +111,22 @@ struct JobSpec {
 
 #[derive(Deserialize, Serialize)]
 struct Template {
+    #[serde(default)]
+    metadata: TemplateMetadata,
     spec: PodSpec,
+}
+
+#[derive(Default, Deserialize, Serialize)]
+struct TemplateMetadata {
+    #[serde(default)]
+    annotations: TemplateAnnotations,
+}
+
+/// Of a template's annotations, what an attempt was made for: it goes into the status.
+#[derive(Default, Deserialize, Serialize)]
+struct TemplateAnnotations {
+    #[serde(rename = "strata.dev/accelerator", skip_serializing_if = "Option::is_none")]
+    accelerator: Raw,
 }
 
 #[derive(Deserialize, Serialize)]
@@ -119,6 +134,9 @@ struct Template {
 struct PodSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     node_name: Raw,
+    /// Whether an attempt has a claim template.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    resource_claims: Raw,
     #[serde(skip_serializing_if = "Option::is_none")]
     init_containers: Option<Vec<Container>>,
     containers: Vec<Container>,

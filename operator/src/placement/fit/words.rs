@@ -105,8 +105,16 @@ pub(super) fn nearest(shape: &Shape<'_>, fleet: &Fleet) -> String {
         Some(Some(Gap::Partition)) => {
             let profiles: BTreeSet<String> = those
                 .iter()
-                .flat_map(|node| node.resources.keys())
-                .filter_map(|key| key.strip_prefix("nvidia.com/mig-").map(str::to_owned))
+                .flat_map(|node| match shape.asks {
+                    Some(Asks::Devices(_)) => device::profiles(&node.devices).collect::<Vec<_>>(),
+                    _ => {
+                        let parts = node
+                            .resources
+                            .keys()
+                            .filter_map(|key| key.strip_prefix("nvidia.com/mig-"));
+                        parts.map(str::to_owned).collect()
+                    }
+                })
                 .collect();
             let there = match profiles.is_empty() {
                 true => "none is partitioned: leave out migProfile".to_owned(),
@@ -117,6 +125,19 @@ pub(super) fn nearest(shape: &Shape<'_>, fleet: &Fleet) -> String {
                 demand.mig_profile.as_deref().unwrap_or_default()
             )
         }
+        Some(Some(Gap::TooFew)) if offered == 0 => match &shape.asks {
+            Some(Asks::Devices(kind)) => format!(
+                "{found} with {name}, for which no ResourceSlice offers any by the driver {}: write allocation: DevicePlugin, or \
+                 install that DRA driver",
+                kind.driver
+            ),
+            _ if those.iter().any(|node| offers_by_claim(shape, node)) => {
+                format!("{found} with {name}, offered by claims only: write allocation: ResourceClaim")
+            }
+            _ => format!(
+                "{found} with {name}, none of which has it as a resource that pods can ask for: see that its device plugin runs"
+            ),
+        },
         Some(Some(Gap::TooFew)) => format!(
             "{found} with {name}, with at most {offered} of the {per_node} that are asked for: write acceleratorsPerNode: {offered}, or add larger nodes"
         ),
@@ -155,4 +176,9 @@ pub(super) fn nearest(shape: &Shape<'_>, fleet: &Fleet) -> String {
             )
         }
     }
+}
+
+fn offers_by_claim(shape: &Shape<'_>, node: &Node) -> bool {
+    let kind = shape.row.device.as_ref();
+    kind.is_some_and(|kind| device::count(&node.devices, kind) > 0)
 }

@@ -82,9 +82,9 @@ fn a_change_of_the_spec_gives_a_run_that_used_up_its_retries_new_attempts() {
         let order = checked.expect("a good spec");
         let run = resource.status.and_then(|status| status.run).expect("a run");
         assert_eq!(order.run_id, run.id, "what was saved is gone on from");
-        if let Some((_, job)) = planned.start {
+        if let Some(next) = planned.start {
             assert_eq!(
-                (attempt_of(&job), super::label(&job, "strata.dev/run")),
+                (attempt_of(&next.job), super::label(&next.job, "strata.dev/run")),
                 ("2", run.id.as_str())
             );
         }
