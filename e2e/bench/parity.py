@@ -21,9 +21,11 @@ import common
 import vocabularies
 from common import say
 
-SEQUENCES, LENGTH = 3, 256
+SEQUENCES, LENGTH = 8, 256
 # What the issue asks for.
 KL_RATIO, TOP_LOSS, FLOAT_TOP = 1.05, 0.002, 0.999
+# Of two engines that are equally right, one is ahead by chance: by so many standard errors in one run of twenty.
+CHANCE = 1.645
 # Renderings that are not compared, and why.
 NOT_COMPARED = {"meetkai-functionary-medium-v3.1.jinja": "it adds JSON to a text marked as safe, which escapes the JSON as HTML: a slip that nobody wants kept"}
 
@@ -44,16 +46,17 @@ def reference(model, tokens):
 
 
 def compared(expected, path):
-    """Mean KL divergence from `expected`, and how often the most probable token is the same."""
+    """Mean KL divergence from `expected`, how often the most probable token is the same, and where."""
     got = numpy.memmap(path, dtype=numpy.float32, mode="r").reshape(expected.shape)
-    divergence, same = 0.0, 0
+    divergence, same = 0.0, []
     for at in range(0, len(expected), 64):
         true, logits = expected[at:at + 64].astype(numpy.float64), got[at:at + 64].astype(numpy.float64)
         most = logits.max(-1, keepdims=True)
         logits = logits - most - numpy.log(numpy.exp(logits - most).sum(-1, keepdims=True))
         divergence += (numpy.exp(true) * (true - logits)).sum()
-        same += (true.argmax(-1) == logits.argmax(-1)).sum()
-    return {"kl": divergence / len(expected), "top1": float(same) / len(expected)}
+        same.append(true.argmax(-1) == logits.argmax(-1))
+    same = numpy.concatenate(same)
+    return {"kl": divergence / len(expected), "top1": float(same.mean())}, same
 
 
 def check_logits(programs, peer, files, paths, failures):
@@ -65,14 +68,16 @@ def check_logits(programs, peer, files, paths, failures):
             all_ids = sequences(peer, model, paths)
             common.write_sequences(tokens, all_ids)
             expected = reference(model, all_ids)
-            one = results[name] = {"positions": len(expected)}
+            one, same = results.setdefault(name, {"positions": len(expected)}), {}
             for side, command in {"peer": [peer / "peer", "logits"], "ours": [programs / "examples/logits"],
                                   "ours_float": [programs / "examples/logits", "--float"]}.items():
                 common.output(*command, model, tokens, out)
-                one[side] = compared(expected, out)
+                one[side], same[side] = compared(expected, out)
             if one["ours"]["kl"] > KL_RATIO * one["peer"]["kl"]:
                 failures.append(f"{name}: KL divergence {one['ours']['kl']:.3g}, llama.cpp's {one['peer']['kl']:.3g}")
-            if one["ours"]["top1"] < one["peer"]["top1"] - TOP_LOSS:
+            # Only where one of them is right and the other is not does chance decide.
+            one["top1_error"] = float((same["ours"] != same["peer"]).sum() ** 0.5 / len(expected))
+            if one["ours"]["top1"] < one["peer"]["top1"] - TOP_LOSS - CHANCE * one["top1_error"]:
                 failures.append(f"{name}: the most probable token agrees {one['ours']['top1']:.4f}, llama.cpp's {one['peer']['top1']:.4f}")
             if one["ours_float"]["top1"] < FLOAT_TOP:
                 failures.append(f"{name}: the F32 path agrees {one['ours_float']['top1']:.4f}")

@@ -16,7 +16,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use crate::error::ServeError;
 use crate::metrics::Metrics;
@@ -28,6 +28,9 @@ const WRITE_BYTES: usize = 64 << 20;
 const READ_BYTES: usize = 8 << 20;
 /// However large a block is, that many can be under way.
 const LEAST_BUFFERS: usize = 8;
+
+/// A disk that does nothing of what it was asked for that long is given up: some hang instead of failing, and requests wait for it.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 enum Job {
     Write(Spill, Vec<u8>),
@@ -83,6 +86,10 @@ pub(crate) struct Disk {
     to_read: Buffers,
     /// Reads that wait for a buffer.
     waiting: VecDeque<Load>,
+    /// Jobs that were not answered, and since when none was.
+    under_way: usize,
+    silent_since: Instant,
+    patience: Duration,
 }
 
 impl Disk {
@@ -129,6 +136,9 @@ impl Disk {
             to_write,
             to_read,
             waiting: VecDeque::new(),
+            under_way: 0,
+            silent_since: Instant::now(),
+            patience: PATIENCE,
         })
     }
 
@@ -149,7 +159,15 @@ impl Disk {
             return Ok(());
         };
         save(&mut buffer);
-        self.jobs.try_send(Job::Write(spill, buffer)).map_err(|_| Gone)
+        self.send(Job::Write(spill, buffer))
+    }
+
+    fn send(&mut self, job: Job) -> Result<(), Gone> {
+        if self.under_way == 0 {
+            self.silent_since = Instant::now();
+        }
+        self.under_way += 1;
+        self.jobs.try_send(job).map_err(|_| Gone)
     }
 
     /// Has slots read, behind those that still wait; of these, only what is wanted: the slots of others may be written anew.
@@ -160,7 +178,7 @@ impl Disk {
             && let Some(buffer) = self.to_read.take()
             && let Some(load) = self.waiting.pop_front()
         {
-            self.jobs.try_send(Job::Read(load, buffer)).map_err(|_| Gone)?;
+            self.send(Job::Read(load, buffer))?;
         }
         Ok(())
     }
@@ -178,10 +196,22 @@ impl Disk {
                     give(load, None);
                     self.to_read.free.push(buffer);
                 }
+                Err(RecvTimeoutError::Timeout)
+                    if self.under_way > 0 && self.silent_since.elapsed() >= self.patience =>
+                {
+                    let seconds = self.patience.as_secs();
+                    tracing::warn!(
+                        seconds,
+                        "the disk of --kv-spill-dir hangs: serving goes on without it until a restart"
+                    );
+                    return Err(Gone);
+                }
                 Err(RecvTimeoutError::Timeout) => return Ok(()),
                 Err(RecvTimeoutError::Disconnected) => return Err(Gone),
             }
             wait = Duration::ZERO;
+            self.under_way -= 1;
+            self.silent_since = Instant::now();
         }
     }
 }
@@ -262,8 +292,6 @@ impl Worker {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Instant;
-
     use super::*;
     use crate::schedule::Limits;
 
@@ -368,6 +396,24 @@ mod tests {
                 .all(|got| got.as_ref().is_some_and(|got| got[bytes - 1] == 3))
         );
         assert_eq!(disk.room(), most, "all came back");
+    }
+
+    #[test]
+    fn a_disk_that_hangs_is_given_up_and_one_that_has_nothing_to_do_is_not() {
+        let ((jobs, _queue), (_answers, done)) = (mpsc::sync_channel(1), mpsc::sync_channel(1));
+        let mut disk = Disk {
+            jobs,
+            done,
+            to_write: Buffers::new(BYTES, BYTES),
+            to_read: Buffers::new(BYTES, BYTES),
+            waiting: VecDeque::new(),
+            under_way: 0,
+            silent_since: Instant::now(),
+            patience: Duration::ZERO,
+        };
+        assert_eq!(disk.take(Duration::ZERO, |_, _| ()), Ok(()));
+        disk.read(vec![load(0, 1)], |_| true).unwrap();
+        assert_eq!(disk.take(Duration::ZERO, |_, _| ()), Err(Gone));
     }
 
     #[test]
