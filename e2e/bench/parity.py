@@ -68,7 +68,8 @@ def check_logits(programs, peer, files, paths, failures):
             all_ids = sequences(peer, model, paths)
             common.write_sequences(tokens, all_ids)
             expected = reference(model, all_ids)
-            one, same = results.setdefault(name, {"positions": len(expected)}), {}
+            one, same = {"positions": len(expected)}, {}
+            results[name] = one
             for side, command in {"peer": [peer / "peer", "logits"], "ours": [programs / "examples/logits"],
                                   "ours_float": [programs / "examples/logits", "--float"]}.items():
                 common.output(*command, model, tokens, out)

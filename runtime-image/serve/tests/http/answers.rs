@@ -80,11 +80,7 @@ async fn a_chat_is_answered_the_same_whole_and_streamed_under_any_load() {
         server.metric("vllm:num_preemptions_total").await > 0.0,
         "330000 bytes do not hold two such answers"
     );
-    server
-        .until("all blocks are free", async || {
-            server.metric("vllm:kv_cache_usage_perc").await == 0.0
-        })
-        .await;
+    server.until_blocks_are_free().await;
     assert_eq!(
         server.metric("vllm:generation_tokens_total").await,
         9.0 * ANSWER_TOKENS as f64

@@ -91,11 +91,7 @@ async fn choices_are_bounded_and_a_client_that_goes_ends_them_all() {
     server
         .until("their places are free", async || server.ask_status().await == 200)
         .await;
-    server
-        .until("all blocks are free", async || {
-            server.metric("vllm:kv_cache_usage_perc").await == 0.0
-        })
-        .await;
+    server.until_blocks_are_free().await;
     server.stop().await;
 }
 

@@ -95,11 +95,7 @@ async fn a_full_server_says_when_to_come_back_and_a_gone_client_frees_its_place(
     server
         .until("the place is free", async || server.ask().await.0 == 200)
         .await;
-    server
-        .until("all blocks are free", async || {
-            server.metric("vllm:kv_cache_usage_perc").await == 0.0
-        })
-        .await;
+    server.until_blocks_are_free().await;
     let generated = server.metric("vllm:generation_tokens_total").await;
     assert!(
         generated < (ENDLESS / 2) as f64,

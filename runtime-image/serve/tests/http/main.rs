@@ -19,6 +19,8 @@ mod metrics;
 mod peft;
 mod refusals;
 mod responses;
+#[path = "../../../model/tests/shipped/mod.rs"]
+mod shipped;
 mod speculation;
 mod spill;
 mod tools;
@@ -143,6 +145,12 @@ impl Running {
             assert!(Instant::now() < deadline, "waited in vain: {what}");
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
+    }
+
+    /// Waits until the cache has given back all blocks.
+    async fn until_blocks_are_free(&self) {
+        let are_free = async || self.metric("vllm:kv_cache_usage_perc").await == 0.0;
+        self.until("all blocks are free", are_free).await;
     }
 
     async fn get(&self, path: &str) -> (StatusCode, String) {

@@ -72,11 +72,7 @@ async fn answers_are_the_same_whatever_is_guessed() {
             drafts > 0.0 && tokens >= drafts && right >= least * tokens,
             "{config}: {drafts} drafts of {tokens} tokens, {right} right"
         );
-        server
-            .until("all blocks are free", async || {
-                server.metric("vllm:kv_cache_usage_perc").await == 0.0
-            })
-            .await;
+        server.until_blocks_are_free().await;
         server.stop().await;
     }
 }

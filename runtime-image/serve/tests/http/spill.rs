@@ -1,13 +1,13 @@
 //! Beginnings of prompts that the cache has no room for lie on the disk: answers are the same, and nobody finds them there.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use reqwest::StatusCode;
 use serde_json::{Value, json};
 use strata_model::ModelConfig;
 use strata_model::synthetic::tiny_config;
 
-use super::{DEADLINE, Running, chat, write_model};
+use super::{DEADLINE, Running, chat, shipped, write_model};
 
 /// The options for a disk in `folder`.
 fn spill(folder: &Path, bytes: usize) -> String {
@@ -104,11 +104,7 @@ async fn an_answer_is_the_same_to_the_bit_whether_its_prompt_comes_from_memory_f
             0,
             "the file has no name"
         );
-        server
-            .until("all blocks are free", async || {
-                server.metric("vllm:kv_cache_usage_perc").await == 0.0
-            })
-            .await;
+        server.until_blocks_are_free().await;
         server.stop().await;
     }
 }
@@ -151,19 +147,6 @@ async fn a_disk_that_cannot_be_used_is_named_at_the_start() {
     }
 }
 
-/// SmolLM2-135M-Instruct as a GGUF file.
-fn smollm() -> PathBuf {
-    let cache = std::env::var_os("STRATA_CACHE").map(PathBuf::from);
-    let cache = cache.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache/strata")));
-    let path = cache.unwrap().join("models/smollm2-135m-instruct-q4_1.gguf");
-    assert!(
-        path.exists(),
-        "{} is missing: `make test` puts it there",
-        path.display()
-    );
-    path
-}
-
 /// Prompts of a real model, of 528 tokens that look random.
 fn real_prompt(which: u64) -> Value {
     let token = |i: u64| ((i + 1 + 1000 * which).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 40) % 40_000 + 100;
@@ -175,7 +158,7 @@ fn real_prompt(which: u64) -> Value {
 async fn a_real_model_finds_a_prompt_on_the_disk_that_three_others_pushed_out_of_memory() {
     let real = |arguments: String| async move {
         let folder = tempfile::tempdir().unwrap();
-        std::os::unix::fs::symlink(smollm(), folder.path().join("model.gguf")).unwrap();
+        std::os::unix::fs::symlink(shipped::path(), folder.path().join("model.gguf")).unwrap();
         let server = Running::begin_in(folder, &arguments).await;
         server
             .until("the model is loaded", async || {

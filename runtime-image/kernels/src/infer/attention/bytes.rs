@@ -3,9 +3,14 @@
 use super::cache::{KvLayer, Store};
 
 impl KvLayer {
+    /// Bytes of a block, keys and values together.
+    pub fn block_bytes(&self) -> usize {
+        self.layout.block_bytes()
+    }
+
     /// Copies what a block holds, keys and then values, to `bytes`.
     ///
-    /// Panics unless they are [`KvLayout::block_bytes`](super::KvLayout::block_bytes).
+    /// Panics unless they are [`KvLayer::block_bytes`].
     pub fn save_block(&self, block: u32, bytes: &mut [u8]) {
         let (first, numbers) = self.range(block, bytes.len());
         let group = self.layout.group();
@@ -48,7 +53,7 @@ impl KvLayer {
 
     /// Where a block's numbers of keys, or of values, begin, and how many they are.
     fn range(&self, block: u32, bytes: usize) -> (usize, usize) {
-        assert_eq!(bytes, self.layout.block_bytes(), "the bytes of one block");
+        assert_eq!(bytes, self.block_bytes(), "the bytes of one block");
         let numbers = self.layout.kv_heads * self.layout.block_tokens * self.layout.head_dim;
         (block as usize * numbers, numbers)
     }
