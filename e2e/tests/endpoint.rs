@@ -1,4 +1,4 @@
-//! An endpoint as its users meet it: over HTTPS, with keys, and with an adapter beside the model.
+//! An endpoint as its users meet it: over HTTPS, with keys, with an adapter beside the model, and with a disk behind the cache.
 
 use std::fs;
 use std::net::SocketAddr;
@@ -25,7 +25,7 @@ metadata: {name: plain}
 spec:
   storage: {uri: 'pvc://artifacts'}
   model: {pretrainJob: {name: base}}
-  kvCache: {memory: 8Mi}
+  kvCache: {memory: 1Mi, spill: {size: 4Mi}}
   adapters: [{name: shout, uri: 'pvc://raw/adapters/shout'}]
   speculation: {ngram: {}}
   maxConcurrentRequests: 4
@@ -35,7 +35,7 @@ spec:
 ";
 
 #[tokio::test]
-async fn who_has_a_key_is_answered_over_https_by_model_and_adapter_and_a_new_key_counts_without_a_restart() {
+async fn who_has_a_key_is_answered_over_https_by_model_adapter_and_disk_and_a_new_key_counts_without_a_restart() {
     with_temp_ns(|context| async move {
         install::once(&context.bed)?;
         let raw = context.claim("raw", "1Gi", None).await?.path()?;
@@ -90,6 +90,52 @@ async fn who_has_a_key_is_answered_over_https_by_model_and_adapter_and_a_new_key
         };
         let (plain, shout) = (said("plain").await?, said("shout").await?);
         ensure!(plain != shout, "the adapter changes what is said: {plain}");
+
+        // 1Mi is 512 blocks of 16 tokens: what the others fill, the first prompt has left for the disk.
+        let complete = async |prompts: Vec<Value>| -> Result<Value> {
+            let body = json!({"model": "plain", "prompt": prompts, "max_tokens": 1, "temperature": 0, "logprobs": 0});
+            let request = client
+                .post(format!("{url}/v1/completions"))
+                .bearer_auth("old")
+                .json(&body);
+            let answer: Value = request.send().await?.error_for_status()?.json().await?;
+            Ok(answer["choices"][0]["logprobs"]["token_logprobs"].clone())
+        };
+        let prompt = |number: usize| {
+            json!(
+                [number % 200, number / 200]
+                    .into_iter()
+                    .chain(2..24)
+                    .collect::<Vec<_>>()
+            )
+        };
+        let figure = async |name: &str| -> Result<f64> {
+            let page = client
+                .get(format!("{url}/metrics"))
+                .send()
+                .await?
+                .error_for_status()?
+                .text()
+                .await?;
+            let line = page.lines().find(|line| line.starts_with(&format!("{name}{{")));
+            let value = line
+                .and_then(|line| line.rsplit(' ').next())
+                .with_context(|| format!("no {name}"))?;
+            Ok(value.parse()?)
+        };
+        let computed = complete(vec![prompt(0)]).await?;
+        for first in (1..1200).step_by(8) {
+            complete((first..first + 8).map(prompt).collect()).await?;
+        }
+        let used_bytes = figure("strata_kv_spill_used_bytes").await?;
+        ensure!((1.0..=4.0 * 1024.0 * 1024.0).contains(&used_bytes), "{used_bytes}");
+        let before = figure("vllm:external_prefix_cache_hits_total").await?;
+        ensure!(
+            complete(vec![prompt(0)]).await? == computed,
+            "read from the disk, it is what was computed"
+        );
+        let read = figure("vllm:external_prefix_cache_hits_total").await? - before;
+        ensure!(read == 16.0, "{read} tokens were read from the disk");
 
         let pods = async || -> Result<Vec<Pod>> {
             let labels = ListParams::default().labels("strata.dev/name=plain,app.kubernetes.io/component=serve");
