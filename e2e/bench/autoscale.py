@@ -12,7 +12,7 @@ BEGIN, END = "<!-- measured: make bench-autoscale writes this -->", "<!-- /measu
 FOLDER = DOCS / "autoscaling"
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 300, 56, 160, 36, 44
 COLOURS = {"Strata": "#0969da", "fixed fleet": "#57606a", "HPA on KV use": "#bf5700", "KEDA on waiting": "#8250df",
-           "KEDA on all requests": "#bf3989", "llm-d saturation 1": "#1a7f37", "llm-d saturation 2": "#9a6700", "foresight": "#1f2328"}
+           "KEDA on all requests": "#bf3989", "llm-d saturation 1": "#1a7f37", "llm-d saturation 2": "#9a6700", "present known": "#0e7490", "foresight": "#1f2328"}
 WANTED = 0.99
 
 
@@ -108,6 +108,10 @@ def measured(result):
         out.append(table(["policy", "its best setting", "minutes within", "attains", "GPU-hours", "ours to it", "changes", "flaps", "first token p95, s"], rows))
         name = scenario["name"]
         out.append(f"![Servers over the {name}](autoscaling/{name}.svg)\n\n![What each setting costs and keeps](autoscaling/{name}-settings.svg)\n")
+    span = lambda key: [pick(draw[key] for draw in result["draws"]) for pick in (min, max)]
+    (least, most), (cheap, dear) = span("attainment"), span("gpu_hours")
+    out.append(f"On {len(result['draws'])} other draws of the day ours keeps {least:.4f} to {most:.4f} of the minutes, for {cheap:.1f} to {dear:.1f} "
+               f"GPU-hours, with {sum(draw['flaps'] for draw in result['draws'])} flaps in all.\n")
     calibration = result["calibration"]
     worst = lambda key: max(abs(row[key][1] / row[key][0] - 1) for row in calibration["h100"])
     out.append(f"### The model beside what was measured\n\nH100: time between tokens within {worst('between_tokens'):.0%}, tokens a second within "

@@ -233,22 +233,24 @@ fn of_a_steady_load_the_policy_learns_how_many_it_needs_and_stays_there() {
 }
 
 #[test]
-fn a_rise_is_met_with_at_most_two_late_minutes() {
-    // From 6 to 24 requests a second within an hour: one to three replicas more.
-    let mut random = Random(5);
-    let mut requests = Vec::new();
-    let mut at = 0.0;
-    while at < 3600.0 {
-        at -= (1.0 - random.share()).ln() / (6.0 + 18.0 * at / 3600.0);
-        requests.push(request(at, 1000, 200));
-    }
-    let outcome = run(&setup(2), &Trace::new(requests), &mut ours(12));
-    assert!(
-        outcome.attainment >= 0.96,
-        "{}: {:#?}",
-        outcome.attainment,
-        outcome.changes
-    );
+fn a_rise_is_met_with_at_most_two_late_minutes_in_the_mean_and_hardly_a_flap() {
+    const DRAWS: u64 = 10;
+    let outcomes = (1..=DRAWS).map(|seed| {
+        // From 6 to 24 requests a second within an hour: one to three replicas more.
+        let mut random = Random(seed);
+        let mut requests = Vec::new();
+        let mut at = 0.0;
+        while at < 3600.0 {
+            at -= (1.0 - random.share()).ln() / (6.0 + 18.0 * at / 3600.0);
+            requests.push(request(at, 1000, 200));
+        }
+        run(&setup(2), &Trace::new(requests), &mut ours(12))
+    });
+    let (kept, flaps) = outcomes.fold((0.0, 0), |(kept, flaps), outcome| {
+        (kept + outcome.attainment, flaps + outcome.flaps())
+    });
+    assert!(kept / DRAWS as f64 >= 58.0 / 60.0, "{kept} of {DRAWS}");
+    assert!(flaps <= 1, "{flaps} flaps");
 }
 
 fn at_cache(shares: &[Option<f64>]) -> Fleet {

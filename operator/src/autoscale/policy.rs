@@ -2,9 +2,10 @@
 //!
 //! - **Up** at once, to what the load will need when a pod that is made now is ready: its level, its trend over the measured
 //!   cold start, and its noise. Pods that start count as capacity that comes.
-//! - **Down** only to what the load needed at its highest in a whole window, with three tenths to spare, not within a window after
-//!   any change, and not while it rises: in no window is there an up and then a down. While it does not know yet what a pod can carry, it may err once; of
-//!   a steady load it then stays at its number.
+//! - **Down** only to what the load needed at its highest in a whole window, with some to spare, not within a window after any
+//!   change, and not while it rises: in no window is there an up and then a down. And for a while after a down, no forecast leads
+//!   up: only what is needed by then does. While it does not know yet what a pod can carry, it may err once; of a steady load it
+//!   then stays at its number.
 //! - **Missing is not zero.** A silent pod is counted neither as idle nor as full: it keeps its place, nothing is scaled down
 //!   while one is silent, and what is needed is seen from the others.
 //! - After a restart, or a time without decisions, nothing is scaled down for one window: what was before is not known.
@@ -32,9 +33,12 @@ const MOST_AHEAD: f64 = 0.1;
 /// Samples that a trend needs.
 const FEWEST_SAMPLES: f64 = 5.0;
 /// How many standard errors the load may be above what is forecast.
-const NOISE_DEVIATIONS: f64 = 2.5;
-/// Share that must be to spare after a scale-down.
-const SPARE: f64 = 0.3;
+const NOISE_DEVIATIONS: f64 = 2.8;
+/// What must be to spare after a scale-down: a share of the need, and of its square root, as the load of a few replicas varies by
+/// more of itself than that of many.
+const SPARE: (f64, f64) = (0.2, 0.6);
+/// For so long after a scale-down more are made for what is needed, and not for what is forecast, in seconds.
+const HOLD_SECONDS: i64 = 300;
 /// A need this little above whole replicas is not worth one more.
 const NEGLIGIBLE: f64 = 0.02;
 /// Without a decision for that long, what was before does not count, in seconds.
@@ -67,6 +71,7 @@ pub struct Memory {
 pub struct Recent {
     since: Option<i64>,
     seen_at: Option<i64>,
+    lowered_at: Option<i64>,
     samples: Vec<Sample>,
     queue: Option<Queue>,
     starting: BTreeMap<String, i64>,
@@ -169,6 +174,9 @@ pub fn decide(settings: &Settings, memory: &Memory, fleet: &Fleet, now_seconds: 
         samples.drain(..excess);
     }
     let (replicas, cause, why) = choose(settings, &memory, &measured, before, now_seconds);
+    if replicas < before {
+        memory.recent.lowered_at = Some(now_seconds);
+    }
     if replicas != before || memory.replicas.is_none() {
         memory.changed_at = (replicas != before).then_some(now_seconds).or(memory.changed_at);
     }
@@ -191,7 +199,7 @@ fn choose(settings: &Settings, memory: &Memory, measured: &Measured, before: u32
         return (bounded, Cause::OutOfBounds, why);
     }
     let samples = &memory.recent.samples;
-    let (Some(_), Some(forecast)) = (measured.need, forecast(settings, samples, &memory.learned, now)) else {
+    let (Some(need), Some(forecast)) = (measured.need, forecast(settings, samples, &memory.learned, now)) else {
         let silent = measured.silent;
         let why = match measured.answering {
             0 if silent == 0 => "no pod is ready yet".to_owned(),
@@ -200,13 +208,22 @@ fn choose(settings: &Settings, memory: &Memory, measured: &Measured, before: u32
         };
         return (before, Cause::MetricsMissing, why);
     };
+    let is_held = memory.recent.lowered_at.is_some_and(|at| now - at < HOLD_SECONDS);
+    let expected = if is_held {
+        need.min(forecast.need)
+    } else {
+        forecast.need
+    };
     // A silent pod keeps its place: what it does is not known.
-    let wanted = whole(forecast.need).saturating_add(measured.silent);
+    let wanted = whole(expected).saturating_add(measured.silent);
     if wanted > before {
         let most = settings.most();
-        let horizon = horizon_seconds(settings, &memory.learned);
+        let when = match is_held {
+            true => "now".to_owned(),
+            false => format!("in {:.0} s", horizon_seconds(settings, &memory.learned)),
+        };
         let by = measured.driver.map_or("the load", of);
-        let why = format!("in {horizon:.0} s {by} needs {wanted} replicas");
+        let why = format!("{when} {by} needs {wanted} replicas");
         return match wanted.min(most) {
             replicas if replicas > before && replicas == wanted => (replicas, Cause::LoadRose, why),
             replicas if replicas > before => (replicas, Cause::LoadRose, format!("{why}, and {most} is the most")),
@@ -226,7 +243,7 @@ fn choose(settings: &Settings, memory: &Memory, measured: &Measured, before: u32
         .windows(3)
         .map(|near| near.iter().sum::<f64>() / 3.0)
         .fold(forecast.need, f64::max);
-    let enough = whole(highest / (1.0 - SPARE)).max(settings.min);
+    let enough = whole(highest * (1.0 + SPARE.0) + highest.sqrt() * SPARE.1).max(settings.min);
     if enough >= before {
         return (before, Cause::Steady, format!("{before} replicas are right"));
     }

@@ -148,7 +148,7 @@ fn bounds_and_budget_hold_and_say_so() {
 
 #[test]
 fn down_needs_a_whole_window_and_never_happens_beside_a_silent_pod() {
-    let down = follow(&settings(1, 8), 4, 40, |_| 0.4);
+    let down = follow(&settings(1, 8), 4, 40, |_| 0.3);
     assert_eq!(changes(&down), [-3]);
     let at = down
         .iter()
@@ -181,7 +181,7 @@ fn a_restart_holds_a_window_but_does_not_forget_what_was_learned() {
         let decision = decide(
             &settings(1, 8),
             &memory,
-            &fleet(vec![pod(0.2, 1.6, 0.0); 2]),
+            &fleet(vec![pod(0.15, 1.2, 0.0); 2]),
             10_000 + step * PACE_SECONDS,
         );
         assert_eq!(decision.replicas, 2, "{step}: {}", decision.message);
@@ -190,7 +190,7 @@ fn a_restart_holds_a_window_but_does_not_forget_what_was_learned() {
     let decision = decide(
         &settings(1, 8),
         &memory,
-        &fleet(vec![pod(0.2, 1.6, 0.0); 2]),
+        &fleet(vec![pod(0.15, 1.2, 0.0); 2]),
         10_000 + 20 * PACE_SECONDS,
     );
     assert_eq!(decision.replicas, 1, "{}", decision.message);
@@ -260,6 +260,15 @@ fn whatever_the_load_no_up_is_followed_by_a_down_within_a_window() {
             }
             assert!((1..=12).contains(&decision.replicas));
         }
+    }
+}
+
+#[test]
+fn after_a_down_more_are_made_for_what_is_needed_and_not_for_what_is_forecast() {
+    // Of the cache 70 % is the target: three replicas carry 2.1 of it.
+    for (most, expected) in [(2.0, vec![-1]), (2.4, vec![-1, 1])] {
+        let load = |step| (1.2 + 0.08 * (step - 20) as f64).clamp(1.2, most);
+        assert_eq!(changes(&follow(&settings(1, 8), 4, 60, load)), expected, "{most}");
     }
 }
 
