@@ -72,6 +72,18 @@ def models(programs, peer, synth=True):
     return smollm, {"q8_0": plain} | large
 
 
+def stage_quantize(programs, source, to, name, out):
+    """The GGUF file that the stage `quantize` makes of the model in `source`."""
+    out.mkdir()
+    run = {"id": name, "attempt": 1, "resource": {"kind": "InferenceService", "name": name}, "output": f"file://{out}"}
+    stage = {"model": {"name": "model", "uri": f"file://{source}"}, "format": to, "gates": []}
+    config = out / "config.json"
+    config.write_text(json.dumps({"contractVersion": 1, "run": run, "stage": {"quantize": stage}}))
+    output(programs / "strata-runtime", "quantize", "--config", config, "--report", out / "report", "--monitor", "none")
+    (file,) = out.rglob("*.gguf")
+    return file
+
+
 def random_prompt(generator, count):
     return [generator.randrange(FIRST_PLAIN, LAST_PLAIN) for _ in range(count)]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import jinja2
 import numpy
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 import common
@@ -85,6 +85,21 @@ def check_logits(programs, peer, files, paths, failures):
     return results
 
 
+def check_quantize(programs, peer, model, paths, failures):
+    """What the stage `quantize` writes of safetensors: llama.cpp loads it, and both say of it what transformers says. The model is one of
+    no sense, as SmolLM2's 576 columns are no multiple of the 256 that Q4_K takes."""
+    tokenizer = AutoTokenizer.from_pretrained(model.parent, gguf_file=model.name)
+    torch.manual_seed(1)
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+             "max_position_embeddings": 512, "vocab_size": len(tokenizer), "initializer_range": 0.1}
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **shape)).save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+        files = {f"quantize-{to.lower()}": common.stage_quantize(programs, folder / "model", to, "none", folder / to) for to in ["Q8_0", "Q4_0", "Q4_K"]}
+        return check_logits(programs, peer, files, paths, failures)
+
+
 def conversations():
     plain = [{"role": "user", "content": "Hello"}]
     turns = [{"role": "system", "content": " You are  terse.\n"}, {"role": "user", "content": "1 < 2 & \"x\"?\n"},
@@ -136,6 +151,7 @@ def main():
     special = list(AutoTokenizer.from_pretrained(model.parent, gguf_file=model.name).all_special_tokens) + ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
     results = {
         "logits": check_logits(programs, peer, smollm, paths, failures),
+        "quantize": check_quantize(programs, peer, model, paths, failures),
         "tokenizer": vocabularies.check_smollm(programs, peer, model, paths, special, failures),
         "tokenizers": vocabularies.check_families(programs, peer, paths, failures),
         "templates": check_templates(programs, peer, model, failures),

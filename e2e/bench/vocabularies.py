@@ -140,17 +140,13 @@ def written(programs, folder, name, tokenizer):
     the whole tokenizer that only our files have: the lists are what others read, and what others write."""
     _, kind, begin, end = FAMILIES[name]
     ids = tokenizer["model"]["vocab"] | {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
-    source, out, config = folder / "model", folder / "out", folder / "quantize.json"
+    source = folder / "model"
     size = max(ids.values()) + 8
     shape = SHAPE | {"vocab_size": size, "bos_token_id": ids.get(begin), "eos_token_id": ids[end], "pad_token_id": ids[end]}
     AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape)).half().save_pretrained(source)
     (source / "tokenizer.json").write_text(json.dumps(tokenizer))
     # llama.cpp knows Phi-3 by the model's name.
-    run = {"id": name, "attempt": 1, "resource": {"kind": "InferenceService", "name": name}, "output": f"file://{out}"}
-    stage = {"model": {"name": "model", "uri": f"file://{source}"}, "format": "F16", "gates": []}
-    config.write_text(json.dumps({"contractVersion": 1, "run": run, "stage": {"quantize": stage}}))
-    common.output(programs / "strata-runtime", "quantize", "--config", config, "--report", folder / "report", "--monitor", "none")
-    (file,) = out.rglob("*.gguf")
+    file = common.stage_quantize(programs, source, "F16", name, folder / "out")
     file.write_bytes(file.read_bytes().replace(b"tokenizer.huggingface.json", b"tokenizer.huggingface.none"))
     return source, file
 

@@ -5,7 +5,6 @@
 //! began, with a report as the runtime image leaves it.
 
 mod count;
-mod engine;
 mod world;
 
 use std::fmt::Write as _;
@@ -22,10 +21,10 @@ use strata_contract::{ArtifactRef, CONTRACT_VERSION, FailureReason, Report};
 use crate::bed::Bed;
 use crate::bed::command::say;
 use crate::bed::slot::Slot;
+use crate::engines::Engines;
 use crate::fleet::{self, Fleet};
 use crate::{audit, install, operator, wait};
 use count::Counter;
-use engine::Engine;
 use world::World;
 
 /// How long a pod of a Job runs.
@@ -73,7 +72,7 @@ async fn on(bed: &Bed, size: Size) -> Result<String> {
     ));
     let client = bed.client().await?;
     install::operator(bed, &[])?;
-    let _engines = Engine::start(bed.slot()).await?;
+    let _engines = Engines::start(bed.slot(), 0).await?;
     let mut fleet = Fleet::start(bed, RUN_SECONDS, &report()?)?;
     fleet::add_nodes(&client, size.nodes).await?;
     fleet.check()?;

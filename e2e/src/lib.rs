@@ -10,6 +10,7 @@ pub mod bench;
 pub mod chats;
 pub mod demo;
 mod dump;
+pub mod engines;
 pub mod fleet;
 pub mod image;
 pub mod install;

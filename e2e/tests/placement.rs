@@ -12,7 +12,8 @@ use k8s_openapi::api::resource::v1::{DeviceClass, ResourceClaim, ResourceClaimTe
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use kube::{Api, ResourceExt};
 use serde_json::{Value, json};
-use strata_api::{Dataset, Hardware, PretrainJob};
+use strata_api::{Dataset, Hardware, InferenceService, PretrainJob};
+use strata_e2e::engines::Engines;
 use strata_e2e::fleet::{Fleet, LABEL};
 use strata_e2e::strata::{apply, condition};
 use strata_e2e::{Context, install, run, wait, with_temp_ns};
@@ -196,8 +197,49 @@ async fn on_fake_nodes(context: &Context) -> Result<()> {
         "a node that comes wakes who waits for it"
     );
 
+    scale_within_the_budget(context).await?;
     slice(context).await?;
     claims(context).await
+}
+
+/// More wait than any number of pods would get done, and there are three nodes: the budget has accelerators for two.
+async fn scale_within_the_budget(context: &Context) -> Result<()> {
+    let _engines = Engines::start(context.bed.slot(), 100).await?;
+    for name in ["one", "two", "three"] {
+        add(context, gpu(name, "NVIDIA-H200", json!({}), json!([]))?).await?;
+    }
+    let service = "apiVersion: strata.dev/v1alpha1
+kind: InferenceService
+metadata: {name: bounded}
+spec:
+  model: {uri: 'pvc://artifacts/m'}
+  engine: {container: {image: none}}
+  hardware: {accelerator: nvidia-h200}
+  autoscale: {maxReplicas: 3, maxAccelerators: 2, targets: {waitingRequests: 4}}
+";
+    apply(context, service).await?;
+    let is_bounded = |service: Option<&InferenceService>| {
+        service.is_some_and(|service| {
+            let ready = service.status.as_ref().and_then(|status| status.ready_replicas);
+            let effective = condition(service, "ScalingEffective");
+            ready == Some(2) && effective.is_some_and(|(_, reason, _)| reason == "OverBudget")
+        })
+    };
+    let services = context.api::<InferenceService>();
+    wait::until(
+        &services,
+        "bounded",
+        "has two pods and says why not three",
+        DEADLINE,
+        is_bounded,
+    )
+    .await?;
+    services.delete("bounded", &DeleteParams::default()).await?;
+    let ours = ListParams::default().labels("strata.dev/name=bounded");
+    wait::poll("its pods are gone", DEADLINE, || async {
+        Ok(context.api::<Pod>().list(&ours).await?.items.is_empty().then_some(()))
+    })
+    .await
 }
 
 /// Pods of a slice, made from the placement as the operator makes it: four hosts of one pool, none of the half-built one.

@@ -26,7 +26,7 @@ pub struct Autoscale {
     pub max_replicas: i32,
     /// What is aimed at: as many pods as keep all of them.
     pub targets: ScalingTargets,
-    /// Most accelerators that all pods together may hold; counted by the limits of `spec.pod.resources`.
+    /// Most accelerators that all pods together may hold; counted by `spec.hardware`, or the limits of `spec.pod.resources`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 100_000))]
     pub max_accelerators: Option<i32>,

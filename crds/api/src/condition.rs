@@ -138,6 +138,7 @@ reasons! {
     AnotherWriter False "Something else sets the replicas of this resource's Deployment, such as a HorizontalPodAutoscaler: the message names it. Delete that one, or take spec.autoscale away and let it scale this InferenceService by /scale.",
     NameTaken False "An object that is to be made has the name of one that belongs to something else: delete or rename that one, or rename the resource.",
     Refused False "The API server refuses an object that is to be made (a rule, a policy, a quota); the message quotes it: change spec.pod, or what the message names. It is tried again.",
+    ApplyFailed Unknown "The API server fails at an object that is to be made (a webhook that does not answer, a range of addresses that is full); the message quotes it. It is tried again.",
     CrashLooping False "A serving pod keeps failing: the message quotes how it ended.",
 }
 

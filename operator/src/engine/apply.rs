@@ -117,14 +117,20 @@ async fn apply_serving(
     Ok(())
 }
 
-/// Tells what only a person (or a collector) can put right from what the next try may.
+/// Tells what a person (or a collector) has to put right, or may have to, from what the next try will.
 fn refusal(result: Result<(), Error>) -> Result<Option<(Reason, String)>, Error> {
     match result {
         Ok(()) => Ok(None),
         Err(Error::Refused(reason, message)) => Ok(Some((reason, message))),
-        Err(Error::Kube(kube::Error::Api(status))) if matches!(status.code, 400 | 403 | 422) => {
-            let message = format!("the API server refuses what is to be made: {}", status.message);
-            Ok(Some((Reason::Refused, message)))
+        Err(Error::Kube(kube::Error::Api(status))) => {
+            let (reason, does) = match status.code {
+                400 | 403 | 422 => (Reason::Refused, "refuses"),
+                // Its own, or a webhook's: it may last.
+                500 => (Reason::ApplyFailed, "fails at"),
+                _ => return Err(Error::Kube(kube::Error::Api(status))),
+            };
+            let message = format!("the API server {does} what is to be made: {}", status.message);
+            Ok(Some((reason, message)))
         }
         Err(error) => Err(error),
     }

@@ -250,28 +250,37 @@ async fn the_budget_of_a_drain_goes_with_its_last_use_and_never_another_ones() {
 
 #[tokio::test]
 async fn what_the_server_refuses_is_said_tried_again_and_disturbs_nothing_else() {
-    for (code, words) in [
-        (422, "Job.batch \"x\" is invalid: spec.template.spec.priorityClassName"),
-        (403, "jobs.batch \"x\" is forbidden: exceeded quota: jobs"),
-        (400, "Job in version \"v1\" cannot be handled as a Job"),
+    for (code, words, expected) in [
+        (
+            422,
+            "Job.batch \"x\" is invalid: spec.template.spec.priorityClassName",
+            "Refused",
+        ),
+        (403, "jobs.batch \"x\" is forbidden: exceeded quota: jobs", "Refused"),
+        (400, "Job in version \"v1\" cannot be handled as a Job", "Refused"),
+        (
+            500,
+            "Internal error occurred: failed calling webhook \"x\"",
+            "ApplyFailed",
+        ),
     ] {
         let server = world();
         server.refuse("jobs", Some((code, words)));
         live(&server).await;
         let (reason, message) = condition(&server, "datasets/plays", "Succeeded");
-        assert_eq!(reason, "Refused", "{code}");
+        assert_eq!(reason, expected, "{code}");
         assert!(message.contains(words), "{message}");
         let events = server.events();
         assert_eq!(
-            events.iter().filter(|event| event["reason"] == "Refused").count(),
+            events.iter().filter(|event| event["reason"] == expected).count(),
             1,
             "{events:?}"
         );
-        assert_eq!(condition(&server, "datasets/plays", "Ready").0, "Refused");
+        assert_eq!(condition(&server, "datasets/plays", "Ready").0, expected);
         let before = server.writes();
         let operator = operator(&server, true);
         let error = reconcile::<Dataset>(&key(ResourceKind::Dataset, "plays"), &operator.context).await;
-        assert_eq!(error.expect_err("it is tried again").reason(), "Refused");
+        assert_eq!(error.expect_err("it is tried again").reason(), expected);
         // Its ConfigMap is there already.
         assert_eq!(server.writes(), before, "the same is not said twice");
 
@@ -283,7 +292,7 @@ async fn what_the_server_refuses_is_said_tried_again_and_disturbs_nothing_else()
         server.refuse("services", Some((code, words)));
         server.remove("services/chat");
         live(&server).await;
-        assert_eq!(condition(&server, "inferenceservices/chat", "Available").0, "Refused");
+        assert_eq!(condition(&server, "inferenceservices/chat", "Available").0, expected);
         assert_eq!(condition(&server, "inferenceservices/chat", "Succeeded").0, "Published");
     }
 }
