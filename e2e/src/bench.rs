@@ -35,6 +35,8 @@ const DEADLINE: Duration = Duration::from_secs(3600);
 const QUIET: Duration = Duration::from_secs(10);
 /// How long steady state is watched.
 const STEADY: Duration = Duration::from_secs(60);
+/// How long a restarted operator is watched: serving pods are asked for the first times again.
+const FIRST_ROUNDS: Duration = Duration::from_secs(30);
 /// Between two looks.
 const PAUSE: Duration = Duration::from_millis(500);
 
@@ -100,6 +102,7 @@ async fn on(bed: &Bed, size: Size) -> Result<String> {
 
     let since = audit::mark(bed)?;
     let restart = restart(&client, all, &mut watcher).await?;
+    tokio::time::sleep(FIRST_ROUNDS).await;
     let after = self::writes(bed, since)?;
     ensure!(after == 0, "the restart wrote {after} times");
     fleet.check()?;

@@ -169,10 +169,12 @@ pub fn status(
     }
     if let Some(known) = known {
         next.time = known.time.clone();
-        let is_due = known
-            .time
-            .as_ref()
-            .is_none_or(|time| now.duration_since(time.0) >= FIGURES_PERIOD);
+        // The first round after a restart knows no rates yet.
+        let is_due = scaled.round > 1
+            && known
+                .time
+                .as_ref()
+                .is_none_or(|time| now.duration_since(time.0) >= FIGURES_PERIOD);
         if next == *known || !is_due {
             return (Some(known.clone()), history);
         }

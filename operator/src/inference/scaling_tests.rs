@@ -76,7 +76,7 @@ fn observed(said: &[Result<Load, Silence>], deployment: Deployment, second: i64)
         deployment: Some(deployment),
         scaling: Some(Scaling {
             round: Round {
-                number: 1,
+                number: 2,
                 pods: names.into_iter().zip(said.iter().cloned()).collect(),
             },
             decided: None,
@@ -166,7 +166,7 @@ fn a_round_is_judged_once_however_often_the_service_is_looked_at() {
     let mut observed = observed(&[load(0.9)], ours(1), NOW);
     let checked = service.check(&observed, &env());
     let (round, decision) = InferenceService::decided(&checked).expect("decided");
-    assert_eq!((round, decision.replicas), (1, 2));
+    assert_eq!((round, decision.replicas), (2, 2));
     let scaling = observed.scaling.as_mut().expect("just set");
     scaling.decided = Some((round, decision.clone()));
     scaling.now = at(NOW + 3);
@@ -365,6 +365,11 @@ fn a_change_is_told_with_its_figures_and_nothing_is_written_while_nothing_change
     // Other figures, but the last were just written.
     let (soon, ..) = reported(&mut service, &observed(&[load(0.35)], ours(1), NOW), NOW + 10);
     assert_eq!(soon, first);
+    // Nor are those of the first round after a restart, which knows no rates.
+    let mut restarted = observed(&[load(0.35)], ours(1), NOW);
+    restarted.scaling.as_mut().expect("just set").round.number = 1;
+    let (restarted, ..) = reported(&mut service, &restarted, NOW + 30);
+    assert_eq!(restarted, first);
     let (later, ..) = reported(&mut service, &observed(&[load(0.35)], ours(1), NOW), NOW + 30);
     let scale = later.autoscale.as_ref().expect("it scales by itself");
     assert_eq!(scale.observed["kvCacheUtilizationPercent"], "35");
