@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use strata_api::InferenceService;
 use strata_e2e::bed::network::http_builder;
 use strata_e2e::strata::{apply, condition, ready};
-use strata_e2e::{Context, install, run, wait, with_temp_ns};
+use strata_e2e::{Context, install, operator, run, wait, with_temp_ns};
 
 const DEADLINE: Duration = Duration::from_secs(300);
 
@@ -117,11 +117,9 @@ async fn who_has_a_key_is_answered_over_https_by_model_adapter_and_disk_and_a_ne
                 .error_for_status()?
                 .text()
                 .await?;
-            let line = page.lines().find(|line| line.starts_with(&format!("{name}{{")));
-            let value = line
-                .and_then(|line| line.rsplit(' ').next())
-                .with_context(|| format!("no {name}"))?;
-            Ok(value.parse()?)
+            operator::series(&page, name)
+                .next()
+                .with_context(|| format!("no {name}"))
         };
         let computed = complete(vec![prompt(0)]).await?;
         for first in (1..1200).step_by(8) {
