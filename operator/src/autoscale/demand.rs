@@ -25,6 +25,8 @@ const LEAST_BUSY: f64 = 0.25;
 const FULL: f64 = 0.9;
 /// Below that the time between tokens says too little, and the capacity is not learned from it.
 const LIGHT: f64 = 0.4;
+/// By how much more or fewer requests may be inside at the end of a window than in the mean over it.
+const UNSTEADY: f64 = 2.0;
 /// The most that the learned capacity makes of a light load: it may be of another mix of prompts and answers.
 const MOST_BY_CAPACITY: f64 = 0.6;
 /// Weight of a new observation in what is learned slowly.
@@ -157,8 +159,10 @@ pub fn measure(
     }
     learn_idle_token(learned, &loads);
     measured.busy = total(&loads, |load| busy(load, learned)).map(|sum| sum / count);
-    let busy_by_time = total(&loads, |load| busy_by_time(load, learned)).map(|sum| sum / count);
-    learn_capacity(learned, &measured, busy_by_time);
+    if is_steady(&loads) {
+        let busy_by_time = total(&loads, |load| busy_by_time(load, learned)).map(|sum| sum / count);
+        learn_capacity(learned, &measured, busy_by_time);
+    }
     learn_latencies(learned, &measured);
     let (limit, by) = busy_limit(targets, learned);
     measured.busy_limit = Some(limit);
@@ -226,6 +230,22 @@ fn busy(load: &Load, learned: &Learned) -> Option<f64> {
         .zip(learned.capacity_tokens_per_second)
         .map_or(0.0, |(tokens, capacity)| (tokens / capacity).min(MOST_BY_CAPACITY));
     Some(busy_by_time(load, learned)?.max(by_capacity))
+}
+
+/// Whether about as many requests were inside during the window as are now. Where a burst has just come, the tokens of a
+/// moment are spread over a window, while the time between them tells of the burst: the capacity would seem a fraction of
+/// what it is, and no light load would ever correct it.
+fn is_steady(loads: &[&Load]) -> bool {
+    let inside_now = total(loads, |load| Some(load.running? + load.waiting?));
+    // Little's law: the time that requests spent inside, for each second.
+    let inside_before = total(loads, |load| {
+        let until_first = load.time_to_first_token.as_ref().and_then(|all| all.sum_seconds);
+        let between = load.generation_tokens? * token_seconds(load)?;
+        (load.window_seconds > 0.0).then(|| (until_first.unwrap_or(0.0) + between) / load.window_seconds)
+    });
+    inside_now
+        .zip(inside_before)
+        .is_some_and(|(now, before)| (before / UNSTEADY..=before * UNSTEADY).contains(&now))
 }
 
 fn learn_idle_token(learned: &mut Learned, loads: &[&Load]) {

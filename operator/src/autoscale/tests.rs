@@ -272,24 +272,27 @@ fn after_a_down_more_are_made_for_what_is_needed_and_not_for_what_is_forecast() 
     }
 }
 
+/// A pod that made 15,000 tokens in 15 seconds, with that much time between two, while so many requests were inside.
+fn generating(between_seconds: f64, running: f64) -> Replica {
+    Replica::Answering(Load {
+        window_seconds: 15.0,
+        running: Some(running),
+        waiting: Some(0.0),
+        prompt_tokens: Some(15_000.0),
+        generation_tokens: Some(15_000.0),
+        finished: Some(60.0),
+        inter_token_latency: Some(Histogram {
+            buckets: vec![(0.05, 15_000.0), (f64::INFINITY, 15_000.0)],
+            sum_seconds: Some(between_seconds * 15_000.0),
+        }),
+        ..Load::default()
+    })
+}
+
 #[test]
 fn how_busy_a_replica_is_follows_from_the_time_between_tokens() {
     // 10 ms without load, 20 ms now: half of what it can.
-    let load = |mean: f64| {
-        Replica::Answering(Load {
-            window_seconds: 15.0,
-            running: Some(8.0),
-            waiting: Some(0.0),
-            prompt_tokens: Some(15_000.0),
-            generation_tokens: Some(15_000.0),
-            finished: Some(60.0),
-            inter_token_latency: Some(Histogram {
-                buckets: vec![(0.05, 15_000.0), (f64::INFINITY, 15_000.0)],
-                sum_seconds: Some(mean * 15_000.0),
-            }),
-            ..Load::default()
-        })
-    };
+    let load = |mean: f64| generating(mean, mean * 1_000.0);
     let settings = Settings::new(1, 8, None, Targets::default()).expect("right");
     let mut memory = decide(&settings, &Memory::default(), &fleet([load(0.01)]), 0).memory;
     let decision = decide(&settings, &memory, &fleet([load(0.02), load(0.02)]), 15);
@@ -308,6 +311,18 @@ fn how_busy_a_replica_is_follows_from_the_time_between_tokens() {
         "0.9 of each of two, at most 0.85 of each: {}",
         decision.message
     );
+}
+
+#[test]
+fn what_a_replica_can_is_not_learned_while_a_burst_comes_or_goes() {
+    let settings = Settings::new(1, 8, None, Targets::default()).expect("right");
+    let memory = decide(&settings, &Memory::default(), &fleet([generating(0.01, 10.0)]), 0).memory;
+    // In the mean 20 requests were inside.
+    for (running, is_learned) in [(1.0, false), (12.0, true), (35.0, true), (160.0, false)] {
+        let memory = decide(&settings, &memory, &fleet([generating(0.02, running)]), 15).memory;
+        let learned = memory.learned.capacity_tokens_per_second;
+        assert_eq!(learned.is_some(), is_learned, "{running}");
+    }
 }
 
 #[test]

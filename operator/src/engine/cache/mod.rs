@@ -1,7 +1,7 @@
 //! What the watches have told, for decisions that cost no request.
 //!
 //! ```text
-//! watch ──▶ Object (compact JSON) ──▶ Store, by type ──▶ gather ──▶ decision
+//! watch ──▶ Object (compact JSON) ──▶ Store, by type (Packed) ──▶ gather ──▶ decision
 //!                                        ▲
 //! our own writes ──▶ Wrote ── seen? ─────┘
 //! ```
@@ -12,6 +12,7 @@
 //! [`super::reconcile`].
 
 pub mod object;
+pub mod packed;
 pub mod store;
 pub mod wrote;
 
@@ -30,6 +31,7 @@ use tokio::sync::watch;
 
 use super::kind::{Key, ResourceKind};
 pub use object::{Object, Parts};
+use packed::Packed;
 pub use store::Store;
 use wrote::{Expected, Sight, Wrote};
 
@@ -204,7 +206,7 @@ impl Caches {
     /// It does not parse.
     pub fn get<K: Cached>(&self, namespace: &str, name: &str) -> Result<Option<K>, kube::Error> {
         let json = self.store::<K>().get(namespace, name);
-        json.map(|json| parse(&json)).transpose()
+        json.map(|packed| parse(&packed)).transpose()
     }
 
     /// The objects whose labels name `owner`.
@@ -212,7 +214,11 @@ impl Caches {
     /// # Errors
     /// One does not parse.
     pub fn owned<K: Cached>(&self, owner: &Key) -> Result<Vec<K>, kube::Error> {
-        self.store::<K>().owned(owner).iter().map(|json| parse(json)).collect()
+        self.store::<K>()
+            .owned(owner)
+            .iter()
+            .map(|packed| parse(packed))
+            .collect()
     }
 
     /// The objects of a namespace whose labels name no resource.
@@ -223,7 +229,7 @@ impl Caches {
         self.store::<K>()
             .others(namespace)
             .iter()
-            .map(|json| parse(json))
+            .map(|packed| parse(packed))
             .collect()
     }
 
@@ -278,8 +284,9 @@ impl Caches {
     }
 }
 
-fn parse<K: DeserializeOwned>(json: &[u8]) -> Result<K, kube::Error> {
-    serde_json::from_slice(json).map_err(kube::Error::SerdeError)
+fn parse<K: DeserializeOwned>(packed: &Packed) -> Result<K, kube::Error> {
+    let json = packed.unpack().map_err(|error| kube::Error::Service(error.into()))?;
+    serde_json::from_slice(&json).map_err(kube::Error::SerdeError)
 }
 
 /// Namespace and name of an object.

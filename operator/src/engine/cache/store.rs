@@ -5,11 +5,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kube::{Resource, ResourceExt};
 
+use super::packed::{Packed, Patterns};
 use super::{Cached, Object};
 use crate::engine::kind::{Key, ResourceKind};
 use crate::workload::labels;
 
-/// The objects of one type. Whoever reads gets the JSON; what it means is read at the moment of a decision.
+/// The objects of one type. Whoever reads gets the JSON, packed: what it means is read at the moment of a decision.
 #[derive(Debug, Default)]
 pub struct Store(Mutex<State>);
 
@@ -17,6 +18,7 @@ pub struct Store(Mutex<State>);
 struct State {
     /// By `NAMESPACE/NAME`.
     objects: HashMap<Box<str>, Entry>,
+    patterns: Patterns,
     /// Names of the objects of a resource.
     owned: HashMap<Arc<Key>, Vec<Box<str>>>,
     /// Names of the objects of no resource.
@@ -31,7 +33,7 @@ struct State {
 
 #[derive(Debug)]
 struct Entry {
-    json: Arc<[u8]>,
+    json: Arc<Packed>,
     uid: Box<str>,
     version: u64,
     is_deleting: bool,
@@ -123,7 +125,7 @@ impl Store {
     }
 
     /// The object of this name.
-    pub fn get(&self, namespace: &str, name: &str) -> Option<Arc<[u8]>> {
+    pub fn get(&self, namespace: &str, name: &str) -> Option<Arc<Packed>> {
         let state = self.state();
         state
             .objects
@@ -132,7 +134,7 @@ impl Store {
     }
 
     /// The objects whose labels name `owner`.
-    pub fn owned(&self, owner: &Key) -> Vec<Arc<[u8]>> {
+    pub fn owned(&self, owner: &Key) -> Vec<Arc<Packed>> {
         let state = self.state();
         let paths = state.owned.get(owner).into_iter().flatten();
         paths
@@ -141,7 +143,7 @@ impl Store {
     }
 
     /// The objects of a namespace whose labels name no resource.
-    pub fn others(&self, namespace: &str) -> Vec<Arc<[u8]>> {
+    pub fn others(&self, namespace: &str) -> Vec<Arc<Packed>> {
         let state = self.state();
         let begin = path(namespace, "");
         let paths = state
@@ -151,19 +153,6 @@ impl Store {
         paths
             .filter_map(|path| Some(state.objects.get(path)?.json.clone()))
             .collect()
-    }
-
-    /// All objects.
-    pub fn all(&self) -> Vec<Arc<[u8]>> {
-        let state = self.state();
-        state.objects.values().map(|entry| entry.json.clone()).collect()
-    }
-
-    /// How many objects there are, and how many bytes they take.
-    pub fn size(&self) -> (usize, usize) {
-        let state = self.state();
-        let bytes = state.objects.iter().map(|(path, entry)| path.len() + entry.json.len());
-        (state.objects.len(), bytes.sum())
     }
 
     /// Lists that have begun so far: the next one will know what is written now.
@@ -208,8 +197,9 @@ impl State {
             (Some(subject), None) => self.owned.entry(subject.clone()).or_default().push(path.clone()),
             (None, None) => drop(self.others.insert(path.clone())),
         }
+        let kind = subject.as_ref().map(|subject| subject.kind);
         let entry = Entry {
-            json: object.json.clone(),
+            json: self.patterns.pack(kind, &object.json).into(),
             uid: object.uid().unwrap_or_default().into(),
             version,
             is_deleting: object.metadata.deletion_timestamp.is_some(),
