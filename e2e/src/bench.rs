@@ -31,8 +31,9 @@ use world::World;
 const RUN_SECONDS: u32 = 5;
 /// Longest time for one step with 10,000 resources.
 const DEADLINE: Duration = Duration::from_secs(3600);
-/// How long nobody may have written before things count as steady.
-const QUIET: Duration = Duration::from_secs(10);
+/// How long nobody may have written before things count as steady: what a service's pods say is written once more up to 40 s
+/// after they came.
+const QUIET: Duration = Duration::from_secs(45);
 /// How long steady state is watched.
 const STEADY: Duration = Duration::from_secs(60);
 /// How long a restarted operator is watched: serving pods are asked for the first times again.
@@ -95,8 +96,10 @@ async fn on(bed: &Bed, size: Size) -> Result<String> {
     }
     let writes = writes(bed, since)?;
     say(format_args!(
-        "{writes} writes in {} s of steady state",
-        STEADY.as_secs()
+        "{} writes in {} s of steady state{}",
+        writes.len(),
+        STEADY.as_secs(),
+        first_of(&writes)
     ));
     let own_work = own_work(&client).await?;
 
@@ -104,10 +107,15 @@ async fn on(bed: &Bed, size: Size) -> Result<String> {
     let restart = restart(&client, all, &mut watcher).await?;
     tokio::time::sleep(FIRST_ROUNDS).await;
     let after = self::writes(bed, since)?;
-    ensure!(after == 0, "the restart wrote {after} times");
+    ensure!(
+        after.is_empty(),
+        "the restart wrote {} times{}",
+        after.len(),
+        first_of(&after)
+    );
     fleet.check()?;
 
-    let per_minute = writes as f64 * 60.0 / STEADY.as_secs_f64();
+    let per_minute = writes.len() as f64 * 60.0 / STEADY.as_secs_f64();
     let mut text = String::new();
     writeln!(text, "load average at the end {}", load_average())?;
     write!(
@@ -251,7 +259,7 @@ async fn until_steady(bed: &Bed, client: &Client, resources: usize, watched: &mu
             DEADLINE.as_secs()
         );
         let look = watched.look(client).await?;
-        if writes(bed, quiet.0)? > 0 {
+        if !writes(bed, quiet.0)?.is_empty() {
             quiet = (audit::mark(bed)?, Instant::now());
         }
         if let Some(look) = look {
@@ -308,9 +316,29 @@ async fn restart(client: &Client, resources: usize, watched: &mut Watched) -> Re
 }
 
 /// What the operator wrote since, but for its Lease.
-fn writes(bed: &Bed, since: audit::Mark) -> Result<usize> {
-    let all = audit::writes(bed, install::USER, since)?;
-    Ok(all.iter().filter(|write| write.resource != "leases").count())
+fn writes(bed: &Bed, since: audit::Mark) -> Result<Vec<audit::Write>> {
+    let mut all = audit::writes(bed, install::USER, since)?;
+    all.retain(|write| write.resource != "leases");
+    Ok(all)
+}
+
+/// Some of what was written, for whoever asks why.
+fn first_of(writes: &[audit::Write]) -> String {
+    let one = |write: &audit::Write| {
+        let audit::Write {
+            verb,
+            resource,
+            namespace,
+            name,
+            ..
+        } = write;
+        format!("{verb} {resource} {namespace}/{name}")
+    };
+    let some: Vec<String> = writes.iter().take(3).map(one).collect();
+    match some.is_empty() {
+        true => String::new(),
+        false => format!(", so {}", some.join("; ")),
+    }
 }
 
 /// 99th percentile of a reconcile's own work in seconds, from the leader's histogram: within a bucket, as Prometheus does.
