@@ -142,7 +142,7 @@ pub async fn run(cluster: &Cluster) -> Result<()> {
     step(8, "where the endpoint comes from");
     let lineage = ["lineage", "inferenceservice/assistant", "--namespace", NAMESPACE];
     shell_line(&command::output(cluster.strata()?.args(lineage))?);
-    step(9, "a load that one pod cannot hold (about three minutes)");
+    step(9, "a load that one pod cannot hold (one to three minutes)");
     let way = match cluster {
         Cluster::Bed(_) => Way::to_service(&client, NAMESPACE, "assistant").await?,
         Cluster::Current { .. } => Way::Proxy(client.clone(), NAMESPACE.into(), "assistant".into()),

@@ -7,8 +7,9 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use k8s_openapi::api::apps::v1::Deployment;
-use k8s_openapi::api::core::v1::{Node, Pod};
+use k8s_openapi::api::core::v1::{Event, Node, Pod};
 use k8s_openapi::api::resource::v1::{DeviceClass, ResourceClaim, ResourceClaimTemplate, ResourceSlice};
+use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use kube::{Api, ResourceExt};
 use serde_json::{Value, json};
@@ -125,7 +126,10 @@ async fn work_goes_to_the_nodes_that_its_hardware_names_or_says_what_would_do() 
     with_temp_ns(|context| async move {
         install::operator(
             &context.bed,
-            &["runtimeImageCuda.repository=strata.local/strata-runtime-cuda"],
+            &[
+                "runtimeImageCuda.repository=strata.local/strata-runtime-cuda",
+                "rolloutPatienceSeconds=5",
+            ],
         )?;
         // Pods of Jobs run to the end of the test.
         let mut kwok = Fleet::start(&context.bed, 3600, "")?;
@@ -197,9 +201,39 @@ async fn on_fake_nodes(context: &Context) -> Result<()> {
         "a node that comes wakes who waits for it"
     );
 
+    quote_who_brings_nodes(context).await?;
     scale_within_the_budget(context).await?;
+    roll_out_without_room(context).await?;
     slice(context).await?;
     claims(context).await
+}
+
+/// A pod that fits nowhere, and the autoscaler's word that no node will come: as it is in the Event of a real one.
+async fn quote_who_brings_nodes(context: &Context) -> Result<()> {
+    let large = run::pretrain("large", 2048).replace("limits: {cpu: 500m}", "limits: {cpu: '900'}");
+    apply(context, &large).await?;
+    let ours = ListParams::default().labels("strata.dev/name=large");
+    let pod = wait::poll("its pod is there", DEADLINE, || async {
+        Ok(context.api::<Pod>().list(&ours).await?.items.pop())
+    })
+    .await?;
+    let words = "pod didn't trigger scale-up: 1 max node group size reached";
+    let event: Event = serde_json::from_value(json!({
+        "metadata": {"name": "large.1"}, "type": "Normal", "reason": "NotTriggerScaleUp", "message": words,
+        "source": {"component": "cluster-autoscaler"}, "lastTimestamp": "2026-01-01T00:00:00Z",
+        "involvedObject": {"kind": "Pod", "namespace": pod.namespace(), "name": pod.name_any(), "uid": pod.uid()},
+    }))?;
+    context.create(&event).await?;
+    let says = |job: Option<&PretrainJob>| {
+        job.and_then(|job| condition(job, "Succeeded"))
+            .is_some_and(|(.., message)| message.contains(&format!("cluster-autoscaler: {words}; 0/")))
+    };
+    let jobs = context.api::<PretrainJob>();
+    wait::until(&jobs, "large", "says what the autoscaler said", DEADLINE, says).await?;
+    jobs.delete("large", &DeleteParams::default())
+        .await
+        .map(drop)
+        .map_err(Into::into)
 }
 
 /// More wait than any number of pods would get done, and there are three nodes: the budget has accelerators for two.
@@ -234,12 +268,74 @@ spec:
         is_bounded,
     )
     .await?;
-    services.delete("bounded", &DeleteParams::default()).await?;
-    let ours = ListParams::default().labels("strata.dev/name=bounded");
+    remove_service(context, "bounded").await
+}
+
+async fn remove_service(context: &Context, name: &str) -> Result<()> {
+    let services = context.api::<InferenceService>();
+    services.delete(name, &DeleteParams::default()).await?;
+    let ours = ListParams::default().labels(&format!("strata.dev/name={name}"));
     wait::poll("its pods are gone", DEADLINE, || async {
         Ok(context.api::<Pod>().list(&ours).await?.items.is_empty().then_some(()))
     })
     .await
+}
+
+/// Three pods on three nodes, and a new version: it comes all the same, with no more than one pod fewer at a time.
+async fn roll_out_without_room(context: &Context) -> Result<()> {
+    let manifest = |image: &str| {
+        format!(
+            "apiVersion: strata.dev/v1alpha1\nkind: InferenceService\nmetadata: {{name: full}}\nspec:\n  replicas: 3\n  \
+             model: {{uri: 'pvc://artifacts/m'}}\n  engine: {{container: {{image: {image}}}}}\n  hardware: {{accelerator: nvidia-h200}}\n"
+        )
+    };
+    let deployments = context.api::<Deployment>();
+    for image in ["before", "after"] {
+        apply(context, &manifest(image)).await?;
+        let serves = |there: Option<&Deployment>| {
+            let Some(Deployment {
+                spec: Some(spec),
+                status: Some(status),
+                metadata,
+            }) = there
+            else {
+                return false;
+            };
+            let containers = spec.template.spec.iter().flat_map(|pod| &pod.containers);
+            status.observed_generation == metadata.generation
+                && (status.replicas, status.updated_replicas, status.available_replicas) == (Some(3), Some(3), Some(3))
+                && containers.map(|container| container.image.as_deref()).eq([Some(image)])
+        };
+        wait::poll(
+            &format!("three pods serve with the image {image}"),
+            DEADLINE,
+            || async {
+                let there = deployments.get_opt("full").await?;
+                let available = there
+                    .as_ref()
+                    .and_then(|there| there.status.as_ref()?.available_replicas);
+                ensure!(
+                    image == "before" || available >= Some(2),
+                    "{available:?} answer in the midst of it"
+                );
+                Ok(serves(there.as_ref()).then_some(()))
+            },
+        )
+        .await?;
+    }
+    let is_as_before = |there: Option<&Deployment>| {
+        let strategy = there.and_then(|there| there.spec.as_ref()?.strategy.as_ref()?.rolling_update.clone());
+        strategy.is_some_and(|strategy| strategy.max_unavailable == Some(IntOrString::Int(0)))
+    };
+    wait::until(
+        &deployments,
+        "full",
+        "will take no pod next time either",
+        DEADLINE,
+        is_as_before,
+    )
+    .await?;
+    remove_service(context, "full").await
 }
 
 /// Pods of a slice, made from the placement as the operator makes it: four hosts of one pool, none of the half-built one.

@@ -2,7 +2,7 @@
 
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::Pod;
-use k8s_openapi::jiff::Timestamp;
+use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use strata_api::{AlignmentJob, ArtifactStatus, Dataset, InferenceService, PretrainJob, RunInfo, RunStatus};
@@ -24,6 +24,7 @@ pub fn env() -> Env {
         runtime_image: IMAGE.into(),
         runtime_image_cuda: None,
         default_storage: Some("pvc://artifacts".parse().expect("a valid uri")),
+        rollout_patience: SignedDuration::from_mins(10),
     }
 }
 

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::{Parser, ValueEnum};
+use k8s_openapi::jiff::SignedDuration;
 use kube::Client;
 use kube::client::ClientBuilder;
 use strata_contract::Uri;
@@ -21,6 +22,7 @@ use strata_operator::engine::index::Index;
 use strata_operator::engine::kind::Env;
 use strata_operator::engine::nodes::Nodes;
 use strata_operator::engine::progress::Poller;
+use strata_operator::engine::provision::Provisioners;
 use strata_operator::engine::reconcile::Context;
 use strata_operator::engine::watch::{Started, Wake, Watches, start};
 use strata_operator::leader::{Election, Times};
@@ -56,6 +58,9 @@ struct Arguments {
     /// Where results are published if a resource does not say: pvc://CLAIM/FOLDER.
     #[arg(long, env = "STRATA_DEFAULT_STORAGE")]
     default_storage: Option<Uri>,
+    /// How long a serving pod of a new version waits for room before one of the version before makes place, in seconds.
+    #[arg(long, default_value_t = 600)]
+    rollout_patience_seconds: u32,
     /// Address of /metrics, /healthz and /readyz.
     #[arg(long, default_value = "0.0.0.0:8080")]
     metrics_addr: SocketAddr,
@@ -197,11 +202,13 @@ async fn run(arguments: Arguments, elections: &Handle) -> anyhow::Result<()> {
             runtime_image: arguments.runtime_image,
             runtime_image_cuda: arguments.runtime_image_cuda,
             default_storage: arguments.default_storage,
+            rollout_patience: SignedDuration::from_secs(arguments.rollout_patience_seconds.into()),
         },
         caches: Caches::default(),
         index: index.clone(),
         fleet: Nodes::new(Arc::new(table)),
         failures: Failures::default(),
+        provisioners: Provisioners::default(),
         poller: Poller::new(wake.clone()),
         scraper: Scraper::new(wake.clone()).context("no TLS to ask pods with")?,
         recorder: Recorder::new(client.clone(), "strata-operator", &identity),

@@ -14,7 +14,7 @@ use k8s_openapi::api::core::v1::{Pod, Service};
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::api::resource::v1::ResourceClaimTemplate;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
-use k8s_openapi::jiff::Timestamp;
+use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use kube::Resource;
 use kube::core::object::HasStatus;
 use serde::Serialize;
@@ -102,6 +102,8 @@ pub struct Env {
     pub runtime_image_cuda: Option<String>,
     /// Where results are published if the resource does not say.
     pub default_storage: Option<Uri>,
+    /// How long a serving pod of a new version waits for room before one of the version before makes place.
+    pub rollout_patience: SignedDuration,
 }
 
 /// What a resource shows to those that refer to it.

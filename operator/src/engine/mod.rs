@@ -13,6 +13,7 @@ pub mod kind;
 pub mod kueue;
 pub mod nodes;
 pub mod progress;
+pub mod provision;
 pub mod queue;
 pub mod reconcile;
 pub mod same;

@@ -19,6 +19,7 @@ use super::index::Index;
 use super::kind::{Env, Key, Kind, Observed, Planned, Refusal, Status};
 use super::nodes::Nodes;
 use super::progress::Poller;
+use super::provision::{self, Provisioners};
 use super::{status, work};
 use crate::autoscale::scrape::Scraper;
 use crate::metrics::Metrics;
@@ -45,6 +46,8 @@ pub struct Context {
     pub failures: Failures,
     /// What nodes there are.
     pub fleet: Nodes,
+    /// What those say who bring nodes.
+    pub provisioners: Provisioners,
     /// Asks pods for their progress.
     pub poller: Poller,
     /// Asks serving pods for their metrics.
@@ -152,7 +155,9 @@ async fn step<K: Kind>(key: &Key, context: &Context) -> Result<Option<Duration>,
     if let Some((reason, message)) = observed.refused.run.or(observed.refused.serving) {
         return Err(Error::Refused(reason, message));
     }
-    Ok(Some(outcome.requeue.unwrap_or_else(|| resync(key))))
+    let look = provision::next_look(&observed.pods, Timestamp::now());
+    let again = [outcome.requeue, look].into_iter().flatten().min();
+    Ok(Some(again.unwrap_or_else(|| resync(key))))
 }
 
 /// What is to be done about a resource, and on what that stands.
@@ -175,6 +180,10 @@ async fn decide<K: Kind>(source: Source<'_>, key: &Key, context: &Context) -> Re
         return Ok(None);
     }
     let mut observed = gather(&context.client, source, key, &resource, &context.poller).await?;
+    let provisioners = &context.provisioners;
+    provisioners
+        .add(&context.client, &key.namespace, &mut observed.pods, Timestamp::now())
+        .await;
     observed.scaling = context.scraper.look(key, resource.questions(&observed.pods));
     observed.fleet = context.fleet.now();
     let checked = resource.check(&observed, &context.env);

@@ -42,6 +42,7 @@ fn context(server: &Arc<Server>, leads: bool) -> Context {
         index: Arc::default(),
         fleet: super::nodes::Nodes::default(),
         failures: Failures::default(),
+        provisioners: super::provision::Provisioners::default(),
         poller: Poller::new(Wake::default()),
         scraper: Scraper::new(Wake::default()).expect("a client"),
         recorder: Recorder::new(client, "strata-operator", "one"),

@@ -2,6 +2,7 @@
 
 use std::ops::RangeInclusive;
 
+use k8s_openapi::jiff::SignedDuration;
 use strata_api::{Common, Hardware, InferenceService, KvCacheDtype, PodOverrides, Reason, SPILL_RULE, SecretKey};
 use strata_contract::{Input, QuantizationFormat, QuantizeConfig, Stage};
 
@@ -115,6 +116,8 @@ pub struct Serving {
     pub spill_bytes: Option<u64>,
     /// Time that running answers get before a pod ends, in seconds.
     pub drain_seconds: i64,
+    /// How long a pod of a new version waits for room before one of the version before makes place.
+    pub rollout_patience: SignedDuration,
     /// Longest sequence; absent: the model's own.
     pub max_sequence_tokens: Option<u32>,
     /// Requests computed at once; absent: the server's default.
@@ -312,6 +315,7 @@ fn serving(service: &InferenceService, observed: &Observed, env: &Env) -> Result
         prefix_caching: cache.prefix_caching.unwrap_or(true),
         spill_bytes: spill_bytes(service)?,
         drain_seconds: drain_seconds(service)?,
+        rollout_patience: env.rollout_patience,
         max_sequence_tokens: bound("spec.maxSequenceTokens", service.spec.max_sequence_tokens)?,
         max_concurrent_requests: bound("spec.maxConcurrentRequests", service.spec.max_concurrent_requests)?,
         max_waiting_requests: bound("spec.maxWaitingRequests", service.spec.max_waiting_requests)?,

@@ -19,7 +19,9 @@ use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use strata_api::Reason;
 
 use super::check::Serving;
-use crate::run::attempt::{container, quote, waiting};
+use crate::run::attempt::{container, quote, unplaced_since, waiting};
+use crate::run::conditions::whole_seconds;
+use crate::workload::deployment::Rollout;
 use crate::workload::labels;
 
 /// A container that has run for longer than the kubelet's longest pause between starts is not in a loop.
@@ -91,7 +93,12 @@ pub fn standing(
     if let Some((reason @ (Reason::ImagePullFailed | Reason::ClaimNotFound), message)) = held {
         return standing(reason, message);
     }
-    let why = held.map(|(_, message)| format!(": {message}")).unwrap_or_default();
+    let mut why = held.map(|(_, message)| format!(": {message}")).unwrap_or_default();
+    if let Some(at) = makes_place_at(deployment, pods, serving.rollout_patience) {
+        why += &format!("; a pod of before makes place at {}", whole_seconds(at).0);
+    } else if Rollout::of(deployment) == Rollout::Replace {
+        why += "; there was no room for both versions: a pod of before goes, then its successor comes";
+    }
     let reason = match complete && was_complete(deployment) {
         true => Reason::ReplicasUnavailable,
         false => Reason::RollingOut,
@@ -110,6 +117,31 @@ fn is_seen(deployment: &Deployment) -> bool {
 pub fn rolled_out(deployment: &Deployment) -> bool {
     let status = deployment.status.clone().unwrap_or_default();
     is_seen(deployment) && status.updated_replicas.unwrap_or(0) == status.replicas.unwrap_or(0)
+}
+
+/// How the pods of a new version come. One that found no room for a while gets the place of one before: where all accelerators
+/// are taken, a rollout would never end. Once begun it goes on like this to its end, and does not wait anew for each pod.
+pub fn rollout(deployment: &Deployment, pods: &[&Pod], patience: SignedDuration, now: Timestamp) -> Rollout {
+    let goes_on = Rollout::of(deployment) == Rollout::Replace && !rolled_out(deployment);
+    let is_due = makes_place_at(deployment, pods, patience).is_some_and(|at| at <= now);
+    match goes_on || is_due {
+        true => Rollout::Replace,
+        false => Rollout::Surge,
+    }
+}
+
+/// When the first pod of before is to make place: `patience` after one of the new version found none. `None`: none waits, or they
+/// do make place.
+pub fn makes_place_at(deployment: &Deployment, pods: &[&Pod], patience: SignedDuration) -> Option<Timestamp> {
+    if !is_seen(deployment) || rolled_out(deployment) || Rollout::of(deployment) == Rollout::Replace {
+        return None;
+    }
+    let there = pods.iter().filter(|pod| pod.metadata.deletion_timestamp.is_none());
+    there
+        .filter_map(|pod| unplaced_since(pod))
+        .min()?
+        .checked_add(patience)
+        .ok()
 }
 
 /// Whether the current version of the Deployment has been complete before.

@@ -14,7 +14,7 @@ use strata_api::{InferenceService, KvCacheDtype, RunStatus};
 use strata_contract::{SERVE_PORT, Uri};
 
 use super::check::Serving;
-use super::phase::{is_ready, rolled_out, serving_pods};
+use super::phase::{is_ready, rolled_out, rollout, serving_pods};
 use super::{Checked, container};
 use crate::engine::kind::{Observed, Planned, Refusal, ResourceKind, Wanted};
 use crate::placement::device::Claim;
@@ -22,7 +22,7 @@ use crate::placement::schedule::avoided;
 use crate::placement::{Family, Placement, Preflight};
 use crate::run;
 use crate::run::phase::{Ledger, Phase, phase};
-use crate::workload::deployment::Probes;
+use crate::workload::deployment::{Probes, Rollout};
 use crate::workload::pod::{PodParts, template};
 use crate::workload::volume::Claims;
 use crate::workload::{budget, claim, deployment, labels, service, volume};
@@ -136,6 +136,10 @@ pub fn plan(
         let annotations = metadata_of_deployment.annotations.get_or_insert_default();
         annotations.insert(labels::CLAIMS.into(), needed.join(","));
     }
+    let there = observed.deployment.as_ref();
+    let rollout = there.map_or(Rollout::Surge, |there| {
+        rollout(there, &serving_pods(&observed.pods), serving.rollout_patience, now)
+    });
     planned.deployment = Some(deployment::build(
         metadata_of_deployment,
         &owner,
@@ -143,6 +147,7 @@ pub fn plan(
         checked.serving.replicas,
         checked.serving.scheme(),
         probes.unwrap_or(&Probes::own()),
+        rollout,
         template,
     ));
     planned.service = Some(service::build(metadata, &owner, selector, checked.serving.scheme()));

@@ -1,10 +1,12 @@
 //! From an InferenceService's phase, after the server's answers, to what the status says.
 
+use std::time::Duration;
+
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
 use strata_api::{ConditionType, InferenceService, InferenceServiceStatus, Reason, RunStatus};
 
-use super::phase::{digest, is_ready, serving_pods, standing};
+use super::phase::{digest, is_ready, makes_place_at, serving_pods, standing};
 use super::{Checked, container, scaling};
 use crate::engine::kind::{Observed, Outcome, Refusal};
 use crate::placement::Preflight;
@@ -12,6 +14,9 @@ use crate::run::conditions::Finding;
 use crate::run::report::judge;
 use crate::workload::labels;
 use crate::workload::service::Scheme;
+
+/// Pause before what is due already.
+const SOON: Duration = Duration::from_secs(1);
 
 /// The status.
 pub fn report(
@@ -111,8 +116,13 @@ pub fn report(
     let selector = labels::serving_selector(&name);
     let selector: Vec<String> = selector.iter().map(|(key, value)| format!("{key}={value}")).collect();
     let address = observed.service.as_ref();
+    let makes_place = checked
+        .ok()
+        .and_then(|checked| makes_place_at(deployment?, &pods, checked.serving.rollout_patience));
+    // Nothing else wakes it then.
+    let until_room = makes_place.map(|at| Duration::try_from(at.duration_since(now)).unwrap_or_default().max(SOON));
     Outcome {
-        requeue: judged.requeue,
+        requeue: [judged.requeue, until_room].into_iter().flatten().min(),
         status: InferenceServiceStatus {
             run_status: RunStatus {
                 placement: expected,

@@ -1,6 +1,7 @@
 //! What is served while things change, and what is said about it.
 
 mod container;
+mod rollout;
 
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::Pod;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::batch::v1::Job;
-use k8s_openapi::api::core::v1::{ContainerStateTerminated, ContainerStatus, Pod};
+use k8s_openapi::api::core::v1::{ContainerStateTerminated, ContainerStatus, Pod, PodCondition};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use kube::ResourceExt;
@@ -319,6 +319,23 @@ fn going(job: &Job, pod: Option<&Pod>, now: Timestamp) -> State {
         Some((reason, message)) => State::Waiting(reason, message),
         None => State::Running(format!("attempt {} is running on node {node}", number(job))),
     }
+}
+
+/// Since when no node fits a pod; `None`: it has one, or nobody has looked yet.
+pub fn unplaced_since(pod: &Pod) -> Option<Timestamp> {
+    let conditions = pod.status.as_ref()?.conditions.as_ref()?;
+    let unplaced = conditions.iter().find(|condition| says_unplaced(condition))?;
+    Some(unplaced.last_transition_time.as_ref()?.0)
+}
+
+/// The condition that says so.
+pub fn unplaced(pod: &mut Pod) -> Option<&mut PodCondition> {
+    let conditions = pod.status.as_mut()?.conditions.as_mut()?;
+    conditions.iter_mut().find(|condition| says_unplaced(condition))
+}
+
+fn says_unplaced(condition: &PodCondition) -> bool {
+    condition.type_ == "PodScheduled" && condition.reason.as_deref() == Some("Unschedulable")
 }
 
 /// Why a pod does not run yet, in the words of the scheduler or the kubelet; `None` if it runs (or ran).

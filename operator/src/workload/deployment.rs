@@ -34,7 +34,36 @@ impl Probes {
     }
 }
 
-/// A Deployment that replaces a pod only when its successor is ready.
+/// How pods of a new version come in the place of those before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rollout {
+    /// A pod goes when its successor is ready.
+    Surge,
+    /// A pod goes, and its successor comes to its place: there is no room for both.
+    Replace,
+}
+
+impl Rollout {
+    /// How a Deployment does it.
+    pub fn of(deployment: &Deployment) -> Self {
+        let strategy = deployment.spec.as_ref().and_then(|spec| spec.strategy.as_ref());
+        match strategy.and_then(|strategy| strategy.rolling_update.as_ref()?.max_surge.as_ref()) {
+            Some(IntOrString::Int(0)) => Self::Replace,
+            _ => Self::Surge,
+        }
+    }
+
+    /// Pods more, and pods fewer, than are wanted.
+    fn bounds(self) -> (i32, i32) {
+        match self {
+            Self::Surge => (1, 0),
+            Self::Replace => (0, 1),
+        }
+    }
+}
+
+/// The Deployment of a service.
+#[allow(clippy::too_many_arguments, reason = "each is another part of the Deployment")]
 pub fn build(
     metadata: ObjectMeta,
     owner: &OwnerReference,
@@ -42,8 +71,10 @@ pub fn build(
     replicas: i32,
     scheme: Scheme,
     probes: &Probes,
+    rollout: Rollout,
     mut template: PodTemplateSpec,
 ) -> Deployment {
+    let (more, fewer) = rollout.bounds();
     for pod in template.spec.iter_mut() {
         pod.topology_spread_constraints = Some(vec![on_many_nodes(selector.clone())]);
     }
@@ -70,8 +101,8 @@ pub fn build(
             strategy: Some(DeploymentStrategy {
                 type_: Some("RollingUpdate".into()),
                 rolling_update: Some(RollingUpdateDeployment {
-                    max_surge: Some(IntOrString::Int(1)),
-                    max_unavailable: Some(IntOrString::Int(0)),
+                    max_surge: Some(IntOrString::Int(more)),
+                    max_unavailable: Some(IntOrString::Int(fewer)),
                 }),
             }),
             template,
