@@ -122,7 +122,7 @@ test-parity: programs ## The same numbers and texts as transformers, llama.cpp a
 	cargo build --workspace --examples
 	e2e/bench/parity $(BIN) $(CARGO_TARGET_DIR)/parity.json $(wildcard ../shared/data/gsm8k-test.jsonl)
 
-bench-operator: programs ## RESOURCES (10000) on NODES (1000) that are not there, beside Kubernetes' own Job controller (20 minutes)
+bench-operator: programs ## RESOURCES (10000) on NODES (1000) that are not there, beside Kubernetes' own Job controller (35 minutes)
 	$(BIN)/bed build --tools
 	$(BIN)/bench-operator --slot $(SLOT) --resources $(RESOURCES) --nodes $(NODES)
 

@@ -7,6 +7,7 @@ mod container;
 mod phase;
 mod plan;
 mod report;
+mod rollout;
 mod scale;
 mod scaling;
 #[cfg(test)]

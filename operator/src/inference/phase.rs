@@ -19,7 +19,8 @@ use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use strata_api::Reason;
 
 use super::check::Serving;
-use crate::run::attempt::{container, quote, unplaced_since, waiting};
+use super::rollout::makes_place_at;
+use crate::run::attempt::{container, quote, waiting};
 use crate::run::conditions::whole_seconds;
 use crate::workload::deployment::Rollout;
 use crate::workload::labels;
@@ -107,7 +108,7 @@ pub fn standing(
 }
 
 /// Whether what the Deployment's status says is about its present spec.
-fn is_seen(deployment: &Deployment) -> bool {
+pub fn is_seen(deployment: &Deployment) -> bool {
     let status = deployment.status.as_ref();
     let observed = status.and_then(|status| status.observed_generation);
     deployment.metadata.generation.is_some() && observed >= deployment.metadata.generation
@@ -117,31 +118,6 @@ fn is_seen(deployment: &Deployment) -> bool {
 pub fn rolled_out(deployment: &Deployment) -> bool {
     let status = deployment.status.clone().unwrap_or_default();
     is_seen(deployment) && status.updated_replicas.unwrap_or(0) == status.replicas.unwrap_or(0)
-}
-
-/// How the pods of a new version come. One that found no room for a while gets the place of one before: where all accelerators
-/// are taken, a rollout would never end. Once begun it goes on like this to its end, and does not wait anew for each pod.
-pub fn rollout(deployment: &Deployment, pods: &[&Pod], patience: SignedDuration, now: Timestamp) -> Rollout {
-    let goes_on = Rollout::of(deployment) == Rollout::Replace && !rolled_out(deployment);
-    let is_due = makes_place_at(deployment, pods, patience).is_some_and(|at| at <= now);
-    match goes_on || is_due {
-        true => Rollout::Replace,
-        false => Rollout::Surge,
-    }
-}
-
-/// When the first pod of before is to make place: `patience` after one of the new version found none. `None`: none waits, or they
-/// do make place.
-pub fn makes_place_at(deployment: &Deployment, pods: &[&Pod], patience: SignedDuration) -> Option<Timestamp> {
-    if !is_seen(deployment) || rolled_out(deployment) || Rollout::of(deployment) == Rollout::Replace {
-        return None;
-    }
-    let there = pods.iter().filter(|pod| pod.metadata.deletion_timestamp.is_none());
-    there
-        .filter_map(|pod| unplaced_since(pod))
-        .min()?
-        .checked_add(patience)
-        .ok()
 }
 
 /// Whether the current version of the Deployment has been complete before.

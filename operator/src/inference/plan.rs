@@ -14,7 +14,8 @@ use strata_api::{InferenceService, KvCacheDtype, RunStatus};
 use strata_contract::{SERVE_PORT, Uri};
 
 use super::check::Serving;
-use super::phase::{is_ready, rolled_out, rollout, serving_pods};
+use super::phase::{is_ready, rolled_out, serving_pods};
+use super::rollout::rollout;
 use super::{Checked, container};
 use crate::engine::kind::{Observed, Planned, Refusal, ResourceKind, Wanted};
 use crate::placement::device::Claim;

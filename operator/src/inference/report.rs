@@ -6,7 +6,8 @@ use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
 use strata_api::{ConditionType, InferenceService, InferenceServiceStatus, Reason, RunStatus};
 
-use super::phase::{digest, is_ready, makes_place_at, serving_pods, standing};
+use super::phase::{digest, is_ready, serving_pods, standing};
+use super::rollout::makes_place_at;
 use super::{Checked, container, scaling};
 use crate::engine::kind::{Observed, Outcome, Refusal};
 use crate::placement::Preflight;

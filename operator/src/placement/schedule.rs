@@ -160,6 +160,20 @@ impl Placement {
     }
 }
 
+/// What a pod template asks of its node besides the nodes that it avoids.
+pub fn chosen(affinity: Option<&Affinity>) -> Vec<Vec<NodeSelectorRequirement>> {
+    let required = affinity
+        .and_then(|affinity| affinity.node_affinity.as_ref())
+        .and_then(|nodes| nodes.required_during_scheduling_ignored_during_execution.as_ref());
+    let terms = required.iter().flat_map(|required| &required.node_selector_terms);
+    let rules = terms.map(|term| {
+        let rules = term.match_expressions.iter().flatten();
+        let chosen = rules.filter(|rule| rule.key != HOSTNAME || rule.operator != "NotIn");
+        chosen.cloned().collect::<Vec<_>>()
+    });
+    rules.filter(|rules| !rules.is_empty()).collect()
+}
+
 /// The nodes that a pod template avoids.
 pub fn avoided(affinity: Option<&Affinity>) -> Vec<String> {
     let terms = affinity

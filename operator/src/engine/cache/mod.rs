@@ -136,6 +136,13 @@ struct TemplateAnnotations {
 struct PodSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     node_name: Raw,
+    /// These and what the containers ask for: whether a pod fits into the place of another.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    node_selector: Raw,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    affinity: Raw,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tolerations: Raw,
     /// Whether an attempt has a claim template.
     #[serde(skip_serializing_if = "Option::is_none")]
     resource_claims: Raw,
@@ -150,6 +157,8 @@ struct Container {
     name: Box<RawValue>,
     #[serde(skip_serializing_if = "Option::is_none")]
     image: Raw,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    resources: Raw,
     /// Where a serving pod is asked for its metrics, and in which scheme.
     #[serde(skip_serializing_if = "Option::is_none")]
     ports: Raw,
