@@ -78,14 +78,16 @@ fn fits_in_place_of(new: &Pod, old: &Pod) -> bool {
     may_go_there && claims_the_same && leaves_enough && !(missing.is_empty() && claims.is_empty())
 }
 
-/// The resources that the scheduler names: `0/5 nodes are available: 4 Insufficient nvidia.com/gpu.`
+/// The resources that the scheduler names: `0/5 nodes are available: 4 Insufficient nvidia.com/gpu.` What stands before that is
+/// said by others about nodes that are not there ([`crate::engine::provision`]).
 fn missing(pod: &Pod) -> Vec<String> {
     let conditions = pod.status.as_ref().and_then(|status| status.conditions.as_deref());
     let messages = conditions
         .unwrap_or_default()
         .iter()
         .filter_map(|condition| condition.message.as_deref());
-    let words = messages.flat_map(|message| message.split("Insufficient ").skip(1));
+    let words = messages.filter_map(|message| Some(message.split_once("nodes are available:")?.1));
+    let words = words.flat_map(|words| words.split("Insufficient ").skip(1));
     let names = words.filter_map(|rest| rest.split([',', ' ']).next());
     names.map(|name| name.trim_end_matches(['.', ';']).to_owned()).collect()
 }

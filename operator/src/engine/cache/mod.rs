@@ -214,8 +214,8 @@ impl Caches {
     /// # Errors
     /// It does not parse.
     pub fn get<K: Cached>(&self, namespace: &str, name: &str) -> Result<Option<K>, kube::Error> {
-        let json = self.store::<K>().get(namespace, name);
-        json.map(|packed| parse(&packed)).transpose()
+        let packed = self.store::<K>().get(namespace, name);
+        packed.map(|packed| parse(&packed)).transpose()
     }
 
     /// The objects whose labels name `owner`.

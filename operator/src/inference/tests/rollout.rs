@@ -126,7 +126,7 @@ fn a_pod_makes_place_only_for_one_that_fits_there_for_certain() {
         (json!({"containers": container(more)}), json!({}), false),
         (
             json!({"containers": container(larger)}),
-            says("1 Insufficient memory, 8 Insufficient nvidia.com/gpu."),
+            says("0/9 nodes are available: 1 Insufficient memory, 8 Insufficient nvidia.com/gpu."),
             false,
         ),
         (json!({"nodeSelector": {"gpu": "b200"}}), json!({}), false),
@@ -134,7 +134,13 @@ fn a_pod_makes_place_only_for_one_that_fits_there_for_certain() {
         (json!({"affinity": avoids("gpu-1")}), json!({}), false),
         (json!({"affinity": avoids("gpu-2")}), json!({}), true),
         (json!({"resourceClaims": claims("two")}), no_claims, false),
-        (json!({}), says("9 node(s) didn't match the node selector"), false),
+        (
+            json!({}),
+            says(
+                "cluster-autoscaler: no scale-up: 1 Insufficient cpu; 0/9 nodes are available: 9 node(s) didn't match the node selector",
+            ),
+            false,
+        ),
     ] {
         let under_way = json!({"observedGeneration": 2, "updatedReplicas": 1, "replicas": 3, "availableReplicas": 2});
         let (service, mut observed) = rolling(under_way, None);
